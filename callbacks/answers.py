@@ -1,0 +1,80 @@
+"""Show what training changed: the same prompts answered before and after it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
+from typing_extensions import override
+
+
+class CompareAnswers(Callback):
+    """Prints ``pl_module.answer(prompt)`` for each prompt when training starts, and again beside it when it ends.
+
+    The answers before training are part of every checkpoint, so that a resumed run still shows the untrained model's.
+    All ranks call ``answer`` together; rank 0 prints.
+
+    Args:
+        prompts: What to ask.
+        max_new_tokens: Longest answer, in tokens.
+        references: What the data say, printed under the answers; as many as prompts, or none.
+
+    Raises:
+        ValueError: If there are references, but not one for each prompt.
+        TypeError: Before training, if the module has no ``answer`` method.
+    """
+
+    report_key = "answers"
+
+    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 64, references: Sequence[str] = ()) -> None:
+        super().__init__()
+        if references and len(references) != len(prompts):
+            raise ValueError(f"{len(references)} references for {len(prompts)} prompts: give one for each, or none.")
+        self.prompts, self.references = list(prompts), list(references)
+        self.max_new_tokens = max_new_tokens
+        self.before: list[str] = []
+        self.after: list[str] = []
+
+    def report_section(self) -> dict[str, Any] | None:
+        """For ``RunReport``: prompts, and the answers known so far."""
+        return {"prompts": self.prompts, "before": self.before, "after": self.after} if self.prompts else None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "before": self.before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["prompts"] == self.prompts:
+            self.before = state_dict["before"]
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not callable(getattr(pl_module, "answer", None)):
+            raise TypeError(f"CompareAnswers needs {type(pl_module).__name__} to have a method answer(prompt, max_new_tokens).")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self.before:
+            self.before = self._ask(pl_module)
+            self._show("before training", self.before)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.after = self._ask(pl_module)
+        self._show("after training", self.after)
+
+    def _ask(self, pl_module: Any) -> list[str]:
+        return [pl_module.answer(prompt, self.max_new_tokens) for prompt in self.prompts]
+
+    @rank_zero_only
+    def _show(self, when: str, answers: list[str]) -> None:
+        for index, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
+            print(f"\n--- {when} ---\nprompt: {prompt}\nanswer:\n{textwrap.indent(answer, '    ')}")
+            if self.references and answers is self.after:
+                print(f"the data say:\n{textwrap.indent(self.references[index], '    ')}")
+            print(flush=True)

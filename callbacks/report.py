@@ -1,0 +1,505 @@
+"""`report.json`: what a run was, what its losses were, how fast it went and how much memory it took."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_qlora.callbacks.graceful_stop import GracefulStop
+from lightning_qlora.callbacks.measure import GIB, MemoryKind, StepMeter, TokensFn, count_tokens, peak_memory_bytes
+
+SCHEMA_VERSION = 1
+_DISTRIBUTIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "lightning-qlora")
+
+T = TypeVar("T")
+Status = Literal["running", "completed", "interrupted", "failed"]
+
+
+class Report(TypedDict):
+    """The fields of `report.json`, schema version 1.
+
+    JSON has no NaN or infinity: a figure that is not finite, or that is not known, is stored as ``null``.
+
+    ================== ================== ============================================================================
+    field              unit               meaning
+    ================== ================== ============================================================================
+    schema_version     --                 raised when a field changes its meaning or goes
+    status             --                 ``running`` (and so it stays if the process was killed); ``completed``;
+                                          ``interrupted``, by SIGINT or SIGTERM; ``failed``, by an exception
+    error              --                 type and text of the exception that ended the run, else null
+    start_time         UTC, ISO 8601      start of training; of the first run if this one is resumed
+    end_time           UTC, ISO 8601      end of training; null while running
+    global_step        optimizer steps    done so far, over all resumed runs
+    resumed_from_step  optimizer steps    where this process began; 0 if it was not resumed
+    losses             as logged          ``losses[i]`` is what rank 0 logged for optimizer step i + 1 of the whole
+                                          run, resumed or not
+    val_losses         as logged          pairs [optimizer steps done, loss] of the whole run
+    tokens_per_s       tokens / s         all ranks, over the timed steps of this process; null without one
+    step_time_s        s / optimizer step ``p50`` and ``p95`` over the timed steps of this process, on rank 0; null
+                                          without one
+    warmup_steps       optimizer steps    how many first steps of this process are not timed
+    peak_memory_gib    GiB (2**30 bytes)  one per rank, since the process started
+    memory_kind        --                 ``cuda_max_allocated``: PyTorch's allocator on the rank's GPU;
+                                          ``process_peak_rss``: resident set of the rank's process
+    world_size         processes          how many ranks
+    devices            --                 name of the device, one per rank
+    strategy           --                 class name of the Lightning strategy
+    precision          --                 as in ``Trainer(precision=...)``
+    model              --                 ``metadata["model"]``, else null
+    metadata           --                 what else the recipe passed as ``metadata``
+    versions           --                 of the packages that matter here, if installed, and of Python
+    sections           --                 what other callbacks contributed, by their key: see :class:`ReportSource`
+    ================== ================== ============================================================================
+
+    A timed step's time reaches from the end of the step before to its own end on the host: waiting for data and writing
+    checkpoints included, validation not (see :class:`~lightning_qlora.callbacks.measure.StepMeter`).
+    """
+
+    schema_version: int
+    status: Status
+    error: str | None
+    start_time: str
+    end_time: str | None
+    global_step: int
+    resumed_from_step: int
+    losses: list[float | None]
+    val_losses: list[tuple[int, float | None]]
+    tokens_per_s: float | None
+    step_time_s: dict[str, float] | None
+    warmup_steps: int
+    peak_memory_gib: list[float]
+    memory_kind: MemoryKind
+    world_size: int
+    devices: list[str]
+    strategy: str
+    precision: str
+    model: str | None
+    metadata: dict[str, Any]
+    versions: dict[str, str]
+    sections: dict[str, dict[str, Any]]
+
+
+@runtime_checkable
+class ReportSource(Protocol):
+    """A callback that adds a section to the report; :class:`RunReport` finds it in the trainer by its shape."""
+
+    report_key: str
+
+    def report_section(self) -> Mapping[str, Any] | None:
+        """The section, of JSON types; ``None`` for none.
+
+        Called on global rank 0 alone, each time the report is written, so it must not talk to other ranks. The last
+        call comes after every callback's ``on_train_end``: gather there.
+        """
+
+
+class RunReport(Callback):
+    """Writes :class:`Report` to ``path`` when training starts, every few steps, at the end and on an exception.
+
+    Global rank 0 writes, into a temporary file that then replaces the old one: a reader never sees half a report. The
+    losses so far are part of every checkpoint, so a resumed run's report covers the whole run; what the checkpoint
+    does not know (steps after it, that are done again) is dropped. Speed and memory are of this process alone.
+
+    Losses are read from ``trainer.callback_metrics`` after each optimizer step and stay on the device until the report
+    is written. With gradient accumulation this is what the module logged for the last micro-batch of the step, unless
+    it logs the step's own loss. Writing costs one gather of two integers over the ranks and a transfer from the device.
+
+    Args:
+        path: the file; its directory is created.
+        loss_key: the metric to record, logged by ``training_step`` with ``on_step=True``.
+        val_loss_key: the metric to record after each validation; without it ``val_losses`` stays empty.
+        tokens_fn: tokens of a micro-batch on this rank; returns ``None`` if it cannot tell.
+        metadata: facts of the recipe, of JSON types; ``metadata["model"]`` becomes the field ``model``.
+        flush_every_n_steps: optimizer steps between two writes.
+        warmup_steps: first optimizer steps that are not timed (compilation, autotuning, allocator growth).
+
+    Raises:
+        ValueError: if an argument is out of range or ``metadata`` is not JSON; in training, if ``loss_key`` was not
+            logged by the time of the first optimizer step.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        loss_key: str = "train_loss",
+        val_loss_key: str = "val_loss",
+        tokens_fn: TokensFn = count_tokens,
+        metadata: Mapping[str, Any] | None = None,
+        flush_every_n_steps: int = 20,
+        warmup_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if flush_every_n_steps < 1:
+            raise ValueError(
+                f"flush_every_n_steps is {flush_every_n_steps}, but the report can be written every 1 or more"
+            )
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}, but it counts steps: pass 0 or more")
+        try:
+            json.dumps(metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata cannot be written as JSON ({error}): pass only str, int, float, bool, None, lists and dicts"
+            ) from error
+        if not isinstance((metadata or {}).get("model"), str | None):
+            raise ValueError(f"metadata['model'] is {metadata['model']!r}, but names the model: pass a str")  # type: ignore[index]
+        self.path = Path(path)
+        self.loss_key = loss_key
+        self.val_loss_key = val_loss_key
+        self.metadata = dict(metadata or {})
+        self.flush_every_n_steps = flush_every_n_steps
+        self.warmup_steps = warmup_steps
+
+        self._losses: list[float] = []  # NaN where unknown; null only in the file
+        self._pending: list[Tensor] = []
+        self._val_losses: list[tuple[int, float]] = []
+        self._start_time: str | None = None
+        self._started = False
+        self._resumed_from_step = 0
+
+        self._meter = StepMeter(tokens_fn)
+        self._step_seconds: list[float] = []
+        self._tokens: int | Tensor | None = 0
+        self._tokens_per_s: float | None = None
+        self._peak_memory_gib: list[float] = []
+        self._devices: list[str] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._drain_losses()
+        return {
+            "losses": list(self._losses),
+            "val_losses": [list(pair) for pair in self._val_losses],
+            "start_time": self._start_time,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = []
+        self._losses = list(state_dict["losses"])
+        self._val_losses = [(step, loss) for step, loss in state_dict["val_losses"]]
+        self._start_time = state_dict["start_time"]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = self._resumed_from_step = trainer.global_step
+        # A checkpoint that was written without this callback knows no losses: the index must still be the step.
+        self._losses = self._losses[:done] + [math.nan] * (done - len(self._losses))
+        self._val_losses = [pair for pair in self._val_losses if pair[0] <= done]
+        self._start_time = (self._start_time if done else None) or _now()
+        self._started = True
+        self._step_seconds, self._tokens, self._tokens_per_s = [], 0, None
+        self._devices = _gather(_device_name(trainer.strategy.root_device))
+        self._measure(trainer)
+        self._write(trainer, "running")
+        self._meter.start(done)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = self._meter.update(batch, trainer.global_step)
+        if step is None:
+            return
+        metrics = trainer.callback_metrics
+        if self.loss_key not in metrics:
+            raise ValueError(
+                f"RunReport finds no metric {self.loss_key!r} after optimizer step {trainer.global_step}; logged were"
+                f" {sorted(metrics)}. Call self.log({self.loss_key!r}, loss, on_step=True) in training_step, or pass"
+                " loss_key."
+            )
+        self._pending += [metrics[self.loss_key].detach().clone()] * step.count
+
+        done_here = trainer.global_step - self._resumed_from_step
+        if done_here > self.warmup_steps:
+            self._step_seconds += [step.seconds / step.count] * step.count
+            self._tokens = None if step.tokens is None or self._tokens is None else self._tokens + step.tokens
+        if done_here == step.count and step.tokens is None:
+            rank_zero_warn(
+                f"RunReport cannot tell the tokens of a batch of type {type(batch).__name__} (no 'num_tokens', no"
+                " 'input_ids' tensor), so tokens_per_s will be null. Pass tokens_fn to count them."
+            )
+        if done_here // self.flush_every_n_steps > (done_here - step.count) // self.flush_every_n_steps:
+            self._measure(trainer)
+            self._write(trainer, "running")
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._meter.pause()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._meter.resume()
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if (loss := trainer.callback_metrics.get(self.val_loss_key)) is not None:
+            # Lightning may validate again after resuming from a checkpoint that was saved in validation.
+            earlier = [pair for pair in self._val_losses if pair[0] != trainer.global_step]
+            self._val_losses = [*earlier, (trainer.global_step, float(loss))]
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._measure(trainer)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Here, not in `on_train_end`: by now every other callback has ended too and knows what it has to report.
+        if not self._started:
+            return  # resumed at its end: nothing was trained, and a report on nothing must not replace the run's own
+        stopped = any(isinstance(callback, GracefulStop) and callback.signum for callback in _callbacks(trainer))
+        self._write(trainer, "interrupted" if stopped else "completed")
+        self._started = False
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if not self._started and self.path.exists():
+            return  # training has not begun: this is the report of the run that was to be resumed
+        # Other ranks may be gone: figures that need them stay as of the last write.
+        if trainer.world_size == 1:
+            self._measure(trainer)
+        # SystemExit: Lightning's SIGTERMException is one.
+        status: Status = "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
+        try:
+            self._write(trainer, status, f"{type(exception).__name__}: {exception}")
+        except OSError as error:
+            rank_zero_warn(f"RunReport could not write {self.path} ({error}); the run's own error follows.")
+
+    def _drain_losses(self) -> None:
+        pending, self._pending = self._pending, []
+        try:
+            self._losses += [float(loss) for loss in pending]
+        except RuntimeError:
+            # After a CUDA error nothing can be read from the device any more; the report is still wanted.
+            self._losses += [math.nan] * len(pending)
+
+    def _measure(self, trainer: pl.Trainer) -> None:
+        """Gather tokens and memory from all ranks (a collective: all ranks call it at the same step)."""
+        peak, _ = peak_memory_bytes(trainer.strategy.root_device)
+        ranks = _gather((None if self._tokens is None else int(self._tokens), peak))
+        self._peak_memory_gib = [peak / GIB for _, peak in ranks]
+        tokens = [count for count, _ in ranks if count is not None]
+        seconds = sum(self._step_seconds)
+        self._tokens_per_s = sum(tokens) / seconds if len(tokens) == len(ranks) and seconds > 0 else None
+
+    def _write(self, trainer: pl.Trainer, status: Status, error: str | None = None) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._drain_losses()
+        report = Report(
+            schema_version=SCHEMA_VERSION,
+            status=status,
+            error=error,
+            start_time=self._start_time or _now(),
+            end_time=None if status == "running" else _now(),
+            global_step=trainer.global_step,
+            resumed_from_step=self._resumed_from_step,
+            losses=list(self._losses),
+            val_losses=list(self._val_losses),
+            tokens_per_s=self._tokens_per_s,
+            step_time_s={"p50": percentile(self._step_seconds, 0.5), "p95": percentile(self._step_seconds, 0.95)}
+            if self._step_seconds
+            else None,
+            warmup_steps=self.warmup_steps,
+            peak_memory_gib=self._peak_memory_gib,
+            memory_kind=peak_memory_bytes(trainer.strategy.root_device)[1],
+            world_size=trainer.world_size,
+            devices=self._devices,
+            strategy=type(trainer.strategy).__name__,
+            precision=str(trainer.precision),
+            model=self.metadata.get("model"),
+            metadata={key: value for key, value in self.metadata.items() if key != "model"},
+            versions=_versions(),
+            sections=_sections(trainer),
+        )
+        write_json(self.path, report)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, non-finite floats as ``null``; ``path`` is the old or the new file at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_report(path: str | os.PathLike[str]) -> Report:
+    """Read a report and check its schema version, its fields and their types.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a report of this schema version; names the first wrong field.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): it was not written by RunReport, or was edited") from error
+    if not isinstance(value, dict) or "schema_version" not in value:
+        raise ValueError(f"{path} has no 'schema_version': it was not written by RunReport")
+    if value["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {value['schema_version']!r}, this version of lightning-qlora reads"
+            f" {SCHEMA_VERSION}: read it with the version that wrote it (its field 'versions' says which)"
+        )
+    for field, (is_valid, expected) in _FIELDS.items():
+        if field not in value:
+            raise ValueError(f"{path} lacks the field {field!r}: it was edited, or is not a report")
+        if not is_valid(value[field]):
+            raise ValueError(f"{path}: {field} must be {expected}, but is {value[field]!r:.80}")
+    value["val_losses"] = [(step, loss) for step, loss in value["val_losses"]]
+    return cast(Report, value)
+
+
+def percentile(values: list[float], fraction: float) -> float:
+    """The value below which ``fraction`` (0 to 1) of ``values`` lie, interpolated between neighbours."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def _gather(value: T) -> list[T]:
+    """``value`` of every rank, in order of rank; a collective if there are several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _callbacks(trainer: pl.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    return callbacks
+
+
+def _sections(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for source in _callbacks(trainer):
+        if isinstance(source, ReportSource) and (section := source.report_section()) is not None:
+            sections[source.report_key] = dict(section)
+    return sections
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
+def _is_val_loss(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_int(value[0]) and _is_loss(value[1])
+
+
+def _is_step_time(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and value.keys() == {"p50", "p95"} and all(map(_is_number, value.values()))
+    )
+
+
+def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+_INT = (_is_int, "an integer of at least 0")
+_TEXT = (_is_text, "a string")
+_TEXT_OR_NULL = (_is_text_or_null, "a string or null")
+_DICT = (_is_dict, "an object")
+
+# Field of `Report` -> (is the value valid?, what it must be).
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "schema_version": _INT,
+    "status": _one_of("running", "completed", "interrupted", "failed"),
+    "error": _TEXT_OR_NULL,
+    "start_time": _TEXT,
+    "end_time": _TEXT_OR_NULL,
+    "global_step": _INT,
+    "resumed_from_step": _INT,
+    "losses": (_list_of(_is_loss), "a list of numbers and nulls"),
+    "val_losses": (_list_of(_is_val_loss), "a list of [step, number or null]"),
+    "tokens_per_s": (_is_loss, "a number or null"),
+    "step_time_s": (_is_step_time, "an object with p50 and p95, or null"),
+    "warmup_steps": _INT,
+    "peak_memory_gib": (_list_of(_is_number), "a list of numbers"),
+    "memory_kind": _one_of("cuda_max_allocated", "process_peak_rss"),
+    "world_size": _INT,
+    "devices": (_list_of(_is_text), "a list of strings"),
+    "strategy": _TEXT,
+    "precision": _TEXT,
+    "model": _TEXT_OR_NULL,
+    "metadata": _DICT,
+    "versions": _DICT,
+    "sections": _DICT,
+}

@@ -1,0 +1,1 @@
+"""Triton kernels behind `torch.library` operators. One kernel a file."""

@@ -1,0 +1,1 @@
+"""LightningModules, the FSDP2 strategy, data and the 4-bit building blocks."""

@@ -1,0 +1,98 @@
+"""What the hardware at hand can do: the one place that answers it, and the names that skips and fallbacks quote."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
+
+#: First compute capability with bf16 arithmetic. ``torch.cuda.is_bf16_supported()`` also counts emulation and so
+#: answers yes on a T4 (7.5), where bf16 matrix products are many times slower than fp16 ones.
+BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one device can do.
+
+    Attributes:
+        device_type: ``"cuda"`` or ``"cpu"``.
+        name: The device's own name, e.g. ``"Tesla T4"``.
+        compute_capability: ``(major, minor)`` of a CUDA device, else ``None``.
+        memory_bytes: Device memory of a CUDA device; physical host memory on CPU.
+        bf16: Whether bf16 arithmetic is native (CUDA) or at least not refused (CPU).
+    """
+
+    device_type: Literal["cuda", "cpu"]
+    name: str
+    compute_capability: tuple[int, int] | None
+    memory_bytes: int
+    bf16: bool
+
+
+def capabilities(index: int = 0) -> Capabilities:
+    """Describe CUDA device ``index``, or the CPU where there is no CUDA device."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        return Capabilities("cuda", properties.name, capability, properties.total_memory, capability >= BF16_CAPABILITY)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Capabilities("cpu", "cpu", None, memory, True)
+
+
+def default_precision() -> Precision:
+    """The fastest precision that is safe here: ``bf16-mixed`` or ``16-mixed`` on a GPU, ``32-true`` on CPU."""
+    device = capabilities()
+    if device.device_type == "cpu":
+        return "32-true"
+    return "bf16-mixed" if device.bf16 else "16-mixed"
+
+
+def check_precision(precision: str) -> Precision:
+    """Return ``precision`` if every visible device can compute in it.
+
+    Raises:
+        ValueError: For an unknown precision, or bf16 on a GPU without bf16 arithmetic (compute capability < 8.0).
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"Unknown precision {precision!r}. Choose one of {', '.join(get_args(Precision))}.")
+    if precision.startswith("bf16"):
+        for index in range(torch.cuda.device_count()):
+            device = capabilities(index)
+            if device.compute_capability is not None and not device.bf16:
+                major, minor = device.compute_capability
+                raise ValueError(
+                    f"precision={precision!r} needs a GPU with bf16 arithmetic (compute capability 8.0 or newer), but "
+                    f"device {index} is a {device.name} with {major}.{minor}. Use precision='16-mixed' instead."
+                )
+    return precision  # type: ignore[return-value]
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Dtype of matrix products and of the frozen, unquantized weights under ``precision``."""
+    return {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision.split("-")[0]]
+
+
+def check_devices(devices: int) -> int:
+    """Return ``devices`` if that many processes can each have a device of their own.
+
+    On CPU any positive number of processes may share the machine; with CUDA each needs a GPU.
+
+    Raises:
+        ValueError: For fewer than one device, or more than there are GPUs.
+    """
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}.")
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise ValueError(
+            f"devices={devices} but this machine has {torch.cuda.device_count()} CUDA device(s). Lower --devices, or "
+            "check CUDA_VISIBLE_DEVICES."
+        )
+    cores = os.cpu_count() or 1
+    if not torch.cuda.is_available() and devices > max(4, cores):
+        raise ValueError(f"devices={devices} processes on a machine with {cores} CPU core(s) and no GPU: lower --devices.")
+    return devices

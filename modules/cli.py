@@ -1,0 +1,68 @@
+"""Recipe flags from one typed function signature, through jsonargparse (Lightning's own command-line parser)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+
+def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -> int:
+    """Parse the command line into ``main``'s parameters and call it.
+
+    Every parameter becomes a flag with its type, default and docstring line; booleans can be given bare (``--resume``) or
+    as ``--resume=false``; ``--config file.yaml`` reads flags from a file. A ``ValueError`` from ``main`` is a user's mistake:
+    it is printed as one message without a traceback.
+
+    Returns:
+        The exit status: ``main``'s, 0 if that is ``None``, or 2 after a ``ValueError``.
+    """
+    parser = ArgumentParser(prog=os.path.relpath(sys.argv[0]), description=inspect.getdoc(inspect.getmodule(main)))
+    parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
+    flags = {name for name, p in inspect.signature(main).parameters.items() if p.annotation in (bool, "bool")}
+    parser.add_function_arguments(main, skip=flags, as_group=False)
+    helps = _parameter_help(main)
+    for name in sorted(flags):
+        default = inspect.signature(main).parameters[name].default
+        parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=helps.get(name))
+    quiet_libraries()
+    parsed = parser.parse_args(args).as_dict()
+    parsed.pop("config", None)
+    try:
+        return main(**parsed) or 0
+    except ValueError as error:
+        if os.environ.get("LIGHTNING_QLORA_TRACEBACK"):
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def positive(**values: int) -> None:
+    """Check that every value is at least 1.
+
+    Raises:
+        ValueError: Naming the flag that is not.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries say at start that a user of these recipes can do nothing about."""
+    # bitsandbytes looks for an optional CPU kernel that this package does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+
+
+def _parameter_help(main: Callable[..., Any]) -> dict[str, str]:
+    from docstring_parser import parse
+
+    return {p.arg_name: p.description or "" for p in parse(inspect.getdoc(main) or "").params}

@@ -1,0 +1,312 @@
+"""A Llama with a frozen 4-bit base, LoRA adapters and a loss that never holds all logits.
+
+Shapes: B samples, S tokens a sample, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lightning_qlora.modules.linear_cross_entropy import LossHead
+from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype
+from lightning_qlora.modules.weights import SafetensorsCheckpoint, load_weights, prequantized_state
+
+#: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def default_lora(r: int = 64, alpha: int | None = None, dropout: float = 0.0) -> LoraConfig:
+    """LoRA on all seven projections, with ``alpha`` = 2 * ``r`` unless given."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(LLAMA_PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_lora(lora: LoraConfig) -> LoraConfig:
+    """Return ``lora`` if these modules can train it.
+
+    Raises:
+        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), or a variant of LoRA that reads or
+            changes the base weight (DoRA, PiSSA and other initialisations, trained biases, ``modules_to_save``).
+    """
+    if lora.r < 1:
+        raise ValueError(f"LoRA rank r must be at least 1, got {lora.r}.")
+    if not lora.lora_alpha > 0:
+        raise ValueError(f"lora_alpha must be positive, got {lora.lora_alpha}.")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora.lora_dropout}.")
+    unsupported = {
+        "use_dora": lora.use_dora,
+        "init_lora_weights": lora.init_lora_weights is not True,
+        "modules_to_save": bool(lora.modules_to_save),
+        "bias": lora.bias != "none",
+        "lora_bias": lora.lora_bias,
+    }
+    for option, is_set in unsupported.items():
+        if is_set:
+            raise ValueError(
+                f"LoraConfig({option}={getattr(lora, option)!r}) is not supported here: it trains or reads more than the "
+                "adapters beside a frozen 4-bit base. Leave it at its default."
+            )
+    return lora
+
+
+class QLoRALlamaForCausalLM(LlamaForCausalLM):
+    """transformers' Llama whose head computes the loss chunk by chunk when labels are given.
+
+    Everything else (generation, configuration, adapter formats) is transformers' and peft's own.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As ``LlamaForCausalLM.forward``, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
+
+        The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean.
+        """
+        if labels is None:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        ).last_hidden_state
+        targets = labels[:, 1:]
+        total = self.lm_head(hidden[:, :-1], targets)
+        count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=total / count)
+
+    def shard_groups(self) -> list[list[nn.Module]]:
+        """What FSDP2 gathers together: each decoder layer; the embedding; final norm and head.
+
+        Tied embeddings belong to one parameter used at both ends, so they stay with the root, like all that is not listed.
+        """
+        groups: list[list[nn.Module]] = [[layer] for layer in self.model.layers]
+        if not self.config.tie_word_embeddings:
+            groups = [[self.model.embed_tokens], *groups, [self.model.norm, self.lm_head]]
+        return groups
+
+
+class _Float32RotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary frequencies that stay float32 under ``.to(bfloat16)``: 8 bits place distant positions wrongly."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32RotaryEmbedding:
+        super()._apply(keep_dtype(fn, self.buffers(recurse=False)), recurse)
+        return self
+
+
+def load_config(directory: str | Path) -> LlamaConfig:
+    """Read and check ``config.json``.
+
+    Raises:
+        ValueError: If there is none, it is not JSON, or it is not that of a Llama causal language model.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json: it is not a transformers model directory.")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if raw.get("model_type") != "llama" or "LlamaForCausalLM" not in architectures:
+        raise ValueError(
+            f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}); these recipes finetune Llama "
+            "causal language models (model_type 'llama', LlamaForCausalLM), e.g. Llama 2/3, SmolLM, TinyLlama."
+        )
+    config: LlamaConfig = LlamaConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the 4-bit layers are ours; transformers must not look for its own
+    return config
+
+
+def build_llama(
+    checkpoint: SafetensorsCheckpoint,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    checkpoint_activations: bool = False,
+) -> QLoRALlamaForCausalLM:
+    """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
+
+    Whether a projection is 4-bit follows the checkpoint if that is quantized (some leave layers in 16 bit); all of
+    them are if it is not.
+
+    Args:
+        checkpoint: The base model (only headers are read here).
+        lora: The adapters, on any of ``LLAMA_PROJECTIONS``.
+        dtype: Of embeddings, norms and head.
+        attention: An attention implementation of transformers.
+        checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
+
+    Raises:
+        ValueError: If the model is not a Llama, or ``lora`` is not supported.
+    """
+    config = load_config(checkpoint.directory)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = QLoRALlamaForCausalLM(config)
+    for parent_name, parent in list(model.model.named_modules()):
+        for attribute, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                name = f"model.{parent_name}.{attribute}.weight"
+                setattr(parent, attribute, _projection(child, prequantized_state(checkpoint, name), checkpoint, dtype))
+    _cast_unquantized(model, dtype)
+    if checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inject_adapter_in_model(check_lora(lora), model, low_cpu_mem_usage=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"LoRA target_modules {lora.target_modules} match no layer. Choose from {LLAMA_PROJECTIONS}.")
+    return model
+
+
+def _projection(
+    linear: nn.Linear, state: dict[str, Any] | None, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype
+) -> nn.Module:
+    has_bias = linear.bias is not None
+    if state is not None:
+        return NF4Linear(
+            linear.in_features, linear.out_features, has_bias, nested=state["nested"], blocksize=state["blocksize"],
+            nested_blocksize=state["nested_blocksize"], quant_type=state["quant_type"], device="meta", dtype=dtype,
+        )  # fmt: skip
+    if any(".quant_state.bitsandbytes__" in name for name in checkpoint):
+        return linear
+    return NF4Linear(linear.in_features, linear.out_features, has_bias, device="meta", dtype=dtype)
+
+
+def _cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
+    quantized = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
+            parameter.data = parameter.data.to(dtype)
+
+
+def materialize(
+    model: QLoRALlamaForCausalLM, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
+    parameters_on: torch.device | None = None,
+) -> None:  # fmt: skip
+    """Allocate a meta model (after ``fully_shard``, so only this rank's part), and load and initialise all of it.
+
+    Args:
+        model: From :func:`build_llama`, sharded or not.
+        checkpoint: The base model's weights.
+        device: Where to compute, and where buffers live.
+        seed: Of the LoRA initialisation, which does not depend on the number of ranks.
+        parameters_on: Where parameters rest if not on ``device``: the CPU, when FSDP2 offloads them.
+    """
+    model.to_empty(device=parameters_on or device)
+    # inv_freq is in no checkpoint, and to_empty() has just overwritten it.
+    model.model.rotary_emb = _Float32RotaryEmbedding(config=model.config).to(device)
+    if parameters_on is not None and parameters_on != device:
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(device))
+    if model.config.tie_word_embeddings:  # to_empty() unties them where FSDP does not hold them together
+        model.lm_head.weight = model.model.embed_tokens.weight
+    load_weights(model, checkpoint)
+    init_lora(model, seed)
+    if (checkpoint.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+
+
+@torch.no_grad()
+def init_lora(model: nn.Module, seed: int) -> None:
+    """peft's default initialisation (A uniform as ``nn.Linear``'s, B zero), in float32 and equal for any number of ranks.
+
+    Each full A is drawn on the CPU from a generator seeded by ``seed`` and its position; a rank keeps its rows.
+    """
+    for position, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of [r, in]
+            full = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            copy_local_rows(parameter, full.to(parameter.dtype))
+        elif ".lora_B." in name:
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).zero_()
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseIdentity:
+    """What a training checkpoint must share with the model it is loaded into."""
+
+    fingerprint: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    lora_r: int
+    lora_alpha: float
+    lora_targets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: SafetensorsCheckpoint, lora: LoraConfig) -> BaseIdentity:
+        """The identity of a base model together with its adapters' shape."""
+        config = load_config(checkpoint.directory)
+        return cls(
+            checkpoint.fingerprint(), config.hidden_size, config.num_hidden_layers, config.vocab_size, lora.r,
+            float(lora.lora_alpha), tuple(sorted(lora.target_modules or ())),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a checkpoint."""
+        return {**dataclasses.asdict(self), "lora_targets": list(self.lora_targets)}
+
+    def check(self, other: dict[str, Any], source: str | Path) -> None:
+        """Refuse a checkpoint made for something else.
+
+        Raises:
+            ValueError: Naming each attribute that differs.
+        """
+        mine = self.to_dict()
+        differing = [f"{key} is {other.get(key)!r} there and {mine[key]!r} here" for key in mine if other.get(key) != mine[key]]
+        if differing:
+            raise ValueError(
+                f"{source} was made with another model or LoRA shape: {'; '.join(differing)}. Resume with the same --model, "
+                "--lora_r and --lora_alpha, or start in a new --output_dir."
+            )

@@ -1,0 +1,399 @@
+"""A frozen 4-bit linear layer whose packed bytes FSDP2 can shard, offload and gather as they are.
+
+FSDP2 shards parameters, and before torch 2.13 only floating-point ones (``fully_shard`` builds an ``nn.Parameter`` that
+would require a gradient). So the packed nibbles and the quantized absmax are parameters that *view* their bytes as
+float32, and nothing may convert that view:
+
+- float32 rather than float16: when all parameters of an FSDP group share one dtype, FSDP copies them with
+  ``torch._foreach_copy_``, which on a GPU takes float16 and bfloat16 through float32 registers and so quiets bit patterns
+  that happen to be signalling NaNs. float32 is copied as it is. peft, too, creates LoRA weights in the dtype of the base
+  weight, and float32 is what they should have.
+- A mixed-precision policy with a 16-bit ``param_dtype`` would convert the bytes: :func:`check_mixed_precision_policy`
+  refuses it before sharding, and ``forward`` refuses a converted weight in any case.
+- ``module.to(dtype)`` leaves these tensors alone.
+
+Shapes: N out_features, K in_features, B number of blocks = ceil(N * K / blocksize).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from lightning_qlora.kernels.nf4 import dequantize_4bit
+
+#: How packed bytes are stored: see the module's docstring.
+STORAGE_DTYPE = torch.float32
+_BYTES = STORAGE_DTYPE.itemsize
+
+
+@dataclass(frozen=True)
+class Quantized4bit:
+    """One weight in bitsandbytes' 4-bit format.
+
+    Attributes:
+        packed: uint8 [ceil(N * K / 2)], two values a byte, the first in the high nibble.
+        absmax: uint8 [B] when the statistics are quantized too ("double quantization"), else float32 [B].
+        code2: float32 [256], the code of the quantized absmax; ``None`` without double quantization, like the next two.
+        absmax2: float32 [ceil(B / nested_blocksize)].
+        offset: float32 0-dim, the mean that was subtracted from absmax.
+        shape: (N, K).
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code2: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, int]
+    blocksize: int = 64
+    nested_blocksize: int = 256
+    quant_type: str = "nf4"
+
+    @classmethod
+    def quantize(cls, weight: Tensor, *, nested: bool = True, blocksize: int = 64, quant_type: str = "nf4") -> Quantized4bit:
+        """Quantize ``weight`` [N, K] (float16, bfloat16 or float32) with bitsandbytes, on the weight's device."""
+        packed, state = bnb.quantize_4bit(
+            weight.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+        )
+        return cls.from_quant_state(packed, state)
+
+    @classmethod
+    def from_quant_state(cls, packed: Tensor, state: bnb.QuantState) -> Quantized4bit:
+        """Take over a bitsandbytes ``Params4bit.data`` and its ``quant_state`` without copying."""
+        nested = state.state2
+        return cls(
+            packed=packed.reshape(-1).view(torch.uint8),
+            absmax=state.absmax,
+            code2=nested.code.float() if nested is not None else None,
+            absmax2=nested.absmax.float() if nested is not None else None,
+            offset=state.offset.float().reshape(()) if nested is not None else None,
+            shape=(int(state.shape[0]), int(state.shape[1])),
+            blocksize=int(state.blocksize),
+            nested_blocksize=int(nested.blocksize) if nested is not None else 256,
+            quant_type=state.quant_type,
+        )
+
+
+@torch.library.custom_op("lightning_qlora::linear_4bit", mutates_args=())
+def _linear_4bit(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """x [..., K] @ dequantized(weight).T -> [..., N] in the dtype of x. Opaque to the compiler: see ``_save``."""
+    dense = _dequantize(weight, absmax, code2, absmax2, offset, out_features, x.shape[-1], x.dtype, blocksize,
+                        nested_blocksize, quant_type)  # fmt: skip
+    return F.linear(x, dense)
+
+
+@torch.library.custom_op("lightning_qlora::linear_4bit_input_grad", mutates_args=())
+def _linear_4bit_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """grad [..., N] @ dequantized(weight) -> [..., K] in the dtype of grad."""
+    dense = _dequantize(weight, absmax, code2, absmax2, offset, grad.shape[-1], in_features, grad.dtype, blocksize,
+                        nested_blocksize, quant_type)  # fmt: skip
+    return grad @ dense
+
+
+@_linear_4bit.register_fake
+def _(x: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, out_features: int, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@_linear_4bit_input_grad.register_fake
+def _(grad: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, in_features: int, *_: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # Only packed tensors are saved. As one opaque operator this also holds under torch.compile, whose joint graph would
+    # otherwise recognise the backward's dequantization as the forward's and keep the 16-bit weight alive in between.
+    x, weight, absmax, code2, absmax2, offset, _, ctx.blocksize, ctx.nested_blocksize, ctx.quant_type = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(weight, absmax, code2, absmax2, offset)
+
+
+def _input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = _linear_4bit_input_grad(
+            grad, *ctx.saved_tensors, ctx.in_features, ctx.blocksize, ctx.nested_blocksize, ctx.quant_type
+        )
+    return (dx, *[None] * 9)
+
+
+_linear_4bit.register_autograd(_input_grad, setup_context=_save)
+
+
+def _dequantize(
+    weight: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    if code2 is not None:
+        blocks = -(-out_features * in_features // blocksize)
+        absmax = absmax.view(torch.uint8)[:blocks]  # the storage is padded to whole float32 elements
+    return dequantize_4bit(
+        weight, absmax, code2, absmax2, offset, shape=(out_features, in_features), dtype=dtype, blocksize=blocksize,
+        nested_blocksize=nested_blocksize, quant_type=quant_type,
+    )  # fmt: skip
+
+
+class NF4Linear(nn.Linear):
+    """``y = x @ W.T + bias`` with W frozen in bitsandbytes' 4-bit format (NF4, or FP4 by ``quant_type``).
+
+    An ``nn.Linear`` to peft, which wraps it with its stock LoRA layer. The product is computed in the dtype of ``x``, or
+    in autocast's dtype where that is on. Forward and backward dequantize; autograd keeps packed tensors only.
+
+    Parameters and buffers:
+        weight: float32 [N, K / 8], the packed nibbles' bytes (0.5 byte a value).
+        absmax: with double quantization float32 [ceil(B / 4)], the bytes of the quantized absmax; else float32 [B].
+            Its sharding is independent of the weight's rows, so blocks may cross rows.
+        code2, absmax2, offset: float32 [256], [ceil(B / nested_blocksize)] and 0-dim buffers (double quantization only),
+            small and replicated.
+        bias: [N] or ``None``.
+
+    Raises:
+        ValueError: If ``in_features`` is not a multiple of 8.
+    """
+
+    code2: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    absmax: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        nested: bool = True,
+        blocksize: int = 64,
+        nested_blocksize: int = 256,
+        quant_type: str = "nf4",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own __init__ would allocate the dense weight
+        if in_features % (2 * _BYTES):
+            raise ValueError(
+                f"in_features={in_features} is not a multiple of {2 * _BYTES}, so a row of 4-bit values does not fill {STORAGE_DTYPE} "
+                "elements. Leave this layer unquantized."
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.nested, self.blocksize, self.nested_blocksize = nested, blocksize, nested_blocksize
+        self.quant_type = quant_type
+        blocks = self.num_blocks
+        self.weight = _frozen(out_features, in_features // (2 * _BYTES), dtype=STORAGE_DTYPE, device=device)
+        if nested:
+            self.absmax = _frozen(-(-blocks // _BYTES), dtype=STORAGE_DTYPE, device=device)
+            self.register_buffer("code2", torch.empty(256, device=device))
+            self.register_buffer("absmax2", torch.empty(-(-blocks // nested_blocksize), device=device))
+            self.register_buffer("offset", torch.empty((), device=device))
+        else:
+            self.absmax = _frozen(blocks, dtype=torch.float32, device=device)
+            self.code2 = self.absmax2 = self.offset = None
+        self.bias = _frozen(out_features, dtype=dtype, device=device) if bias else None
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of quantization blocks."""
+        return -(-self.out_features * self.in_features // self.blocksize)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **quantization: Any) -> NF4Linear:
+        """Quantize ``linear`` on its own device; keywords as for :class:`NF4Linear`."""
+        quantized = Quantized4bit.quantize(linear.weight.data, **quantization)
+        return cls.from_quantized(quantized, bias=linear.bias)
+
+    @classmethod
+    def from_quantized(cls, quantized: Quantized4bit, bias: Tensor | None = None) -> NF4Linear:
+        """Build the layer around weights that are quantized already."""
+        n, k = quantized.shape
+        layer = cls(
+            k, n, bias is not None, nested=quantized.code2 is not None, blocksize=quantized.blocksize,
+            nested_blocksize=quantized.nested_blocksize, quant_type=quantized.quant_type, device=quantized.packed.device,
+            dtype=None if bias is None else bias.dtype,
+        )  # fmt: skip
+        layer.load_quantized(quantized)
+        if layer.bias is not None and bias is not None:
+            layer.bias.data.copy_(bias.detach())
+        return layer
+
+    @torch.no_grad()
+    def load_quantized(self, quantized: Quantized4bit) -> None:
+        """Copy quantized weights into this layer; a rank of a sharded layer keeps its own rows.
+
+        Raises:
+            ValueError: If shape, block sizes or quantization type differ from the layer's.
+        """
+        mine = ((self.out_features, self.in_features), self.nested, self.blocksize, self.nested_blocksize, self.quant_type)
+        theirs = (quantized.shape, quantized.code2 is not None, quantized.blocksize, quantized.nested_blocksize,
+                  quantized.quant_type)  # fmt: skip
+        if mine != theirs:
+            raise ValueError(
+                "The quantized weight does not fit the layer: (shape, nested, blocksize, nested blocksize, type) is "
+                f"{theirs} in the weight and {mine} in the layer."
+            )
+        copy_local_rows(self.weight, quantized.packed.view(STORAGE_DTYPE).view(self.out_features, -1))
+        absmax = quantized.absmax
+        if self.nested:
+            absmax = F.pad(absmax, (0, -absmax.numel() % _BYTES)).view(STORAGE_DTYPE)
+            for name in ("code2", "absmax2", "offset"):
+                self.get_buffer(name).copy_(getattr(quantized, name))
+        copy_local_rows(self.absmax, absmax)
+
+    def quantized(self) -> Quantized4bit:
+        """The weight as bitsandbytes tensors (views). The layer must not be sharded, or be gathered at the moment."""
+        absmax = self.absmax.data.view(torch.uint8)[: self.num_blocks] if self.nested else self.absmax.data
+        return Quantized4bit(
+            self.weight.data.view(torch.uint8).reshape(-1), absmax, self.code2, self.absmax2, self.offset,
+            (self.out_features, self.in_features), self.blocksize, self.nested_blocksize, self.quant_type,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K] in ``dtype``; the layer must not be sharded, or be gathered at the moment."""
+        return _dequantize(
+            self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features, self.in_features, dtype,
+            self.blocksize, self.nested_blocksize, self.quant_type,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x (under autocast: autocast's dtype)."""
+        if self.weight.dtype != STORAGE_DTYPE:
+            raise ValueError(
+                f"The packed 4-bit weight arrived as {self.weight.dtype}: its bytes were converted as if they were numbers, "
+                "probably by fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=...)). Use param_dtype=None."
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _linear_4bit(
+            x, self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features, self.blocksize,
+            self.nested_blocksize, self.quant_type,
+        )  # fmt: skip
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # `.to(dtype)`, `.half()` and Lightning's "true" precisions come through here. They may move the quantized tensors
+        # but not convert them: float32 is only how their bytes are stored.
+        quantized = [self.weight, self.absmax, self.code2, self.absmax2, self.offset]
+        super()._apply(keep_dtype(fn, quantized), recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear``, with the quantization."""
+        nested = f"+{self.nested_blocksize}" if self.nested else ""
+        return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"
+
+
+def keep_dtype(fn: Callable[[Tensor], Tensor], tensors: Iterable[Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """For ``nn.Module._apply``: ``fn``, but moving ``tensors`` between devices without converting their dtype."""
+    kept = {id(tensor) for tensor in tensors if tensor is not None}
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        return tensor.to(applied.device) if id(tensor) in kept and applied.dtype != tensor.dtype else applied
+
+    return apply
+
+
+def _frozen(*size: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*size, dtype=dtype, device=device), requires_grad=False)
+
+
+def local_rows(parameter: Tensor) -> tuple[int, int]:
+    """First and one-past-last row (of dim 0) of ``parameter`` that this rank holds; all rows when it is not sharded.
+
+    FSDP2 splits dim 0 as ``torch.chunk`` does: ceil(rows / ranks) each, the last ranks may hold fewer or none.
+    """
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    mesh = parameter.device_mesh
+    # On a 2-D mesh (hybrid sharding, or Lightning's data x tensor mesh) the last dimension that shards counts.
+    sharding = [i for i, placement in enumerate(parameter.placements) if placement.is_shard()]
+    if not sharding:
+        return 0, parameter.shape[0]
+    rows_a_rank = -(-parameter.shape[0] // mesh.size(sharding[-1]))
+    start = min(mesh.get_local_rank(sharding[-1]) * rows_a_rank, parameter.shape[0])
+    return start, start + parameter.to_local().shape[0]
+
+
+@torch.no_grad()
+def copy_local_rows(parameter: Tensor, full: Tensor) -> None:
+    """Copy this rank's rows of ``full`` (shape of the unsharded parameter) into ``parameter``, dtype converted."""
+    start, stop = local_rows(parameter)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(full[start:stop] if full.ndim else full)
+
+
+def quantize_linears(module: nn.Module, *, skip: tuple[str, ...] = ("lm_head",), **quantization: Any) -> nn.Module:
+    """Replace every ``nn.Linear`` below ``module`` by an :class:`NF4Linear` of the same weights, in place.
+
+    Args:
+        module: Any module on a real device; layers on the meta device become empty 4-bit layers.
+        skip: Last name components of layers to leave alone.
+        quantization: ``nested``, ``blocksize``, ``quant_type`` of :class:`NF4Linear`.
+    """
+    for name, child in list(module.named_modules()):
+        if type(child) is not nn.Linear or name.rpartition(".")[2] in skip:
+            continue
+        if child.weight.is_meta:
+            new = NF4Linear(child.in_features, child.out_features, child.bias is not None, device="meta",
+                            dtype=child.weight.dtype, **quantization)  # fmt: skip
+        else:
+            new = NF4Linear.from_linear(child, **quantization)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, new)
+    return module
+
+
+def check_mixed_precision_policy(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    """Refuse an FSDP2 policy that would convert packed bytes as if they were numbers.
+
+    Raises:
+        ValueError: If ``policy.param_dtype`` is a 16-bit type and ``module`` holds an :class:`NF4Linear`.
+    """
+    if policy.param_dtype in (None, STORAGE_DTYPE):
+        return
+    for name, child in module.named_modules():
+        if isinstance(child, NF4Linear):
+            raise ValueError(
+                f"MixedPrecisionPolicy(param_dtype={policy.param_dtype}) would convert the packed 4-bit bytes of {name!r} "
+                "when gathering them. Use param_dtype=None: the compute dtype comes from autocast (Trainer precision), "
+                "and only 4-bit bytes travel either way."
+            )
