@@ -19,22 +19,19 @@ class CompareAnswers(Callback):
     All ranks call ``answer`` together; rank 0 prints.
 
     Args:
-        prompts: What to ask.
+        examples: Prompts to ask, each with the answer that the data give, or ``None``.
         max_new_tokens: Longest answer, in tokens.
-        references: What the data say, printed under the answers; as many as prompts, or none.
 
     Raises:
-        ValueError: If there are references, but not one for each prompt.
         TypeError: Before training, if the module has no ``answer`` method.
     """
 
     report_key = "answers"
 
-    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 64, references: Sequence[str] = ()) -> None:
+    def __init__(self, examples: Sequence[tuple[str, str | None]], max_new_tokens: int = 64) -> None:
         super().__init__()
-        if references and len(references) != len(prompts):
-            raise ValueError(f"{len(references)} references for {len(prompts)} prompts: give one for each, or none.")
-        self.prompts, self.references = list(prompts), list(references)
+        self.prompts = [prompt for prompt, _ in examples]
+        self.references = [reference for _, reference in examples]
         self.max_new_tokens = max_new_tokens
         self.before: list[str] = []
         self.after: list[str] = []
@@ -55,7 +52,9 @@ class CompareAnswers(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not callable(getattr(pl_module, "answer", None)):
-            raise TypeError(f"CompareAnswers needs {type(pl_module).__name__} to have a method answer(prompt, max_new_tokens).")
+            raise TypeError(
+                f"CompareAnswers needs {type(pl_module).__name__} to have a method answer(prompt, max_new_tokens)."
+            )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -75,6 +74,6 @@ class CompareAnswers(Callback):
     def _show(self, when: str, answers: list[str]) -> None:
         for index, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
             print(f"\n--- {when} ---\nprompt: {prompt}\nanswer:\n{textwrap.indent(answer, '    ')}")
-            if self.references and answers is self.after:
-                print(f"the data say:\n{textwrap.indent(self.references[index], '    ')}")
+            if (reference := self.references[index]) and answers is self.after:
+                print(f"the data say:\n{textwrap.indent(reference, '    ')}")
             print(flush=True)

@@ -156,8 +156,9 @@ class RunReport(Callback):
             raise ValueError(
                 f"metadata cannot be written as JSON ({error}): pass only str, int, float, bool, None, lists and dicts"
             ) from error
-        if not isinstance((metadata or {}).get("model"), str | None):
-            raise ValueError(f"metadata['model'] is {metadata['model']!r}, but names the model: pass a str")  # type: ignore[index]
+        model = (metadata or {}).get("model")
+        if not isinstance(model, str | None):
+            raise ValueError(f"metadata['model'] is {model!r}, but it names the model: pass a str")
         self.path = Path(path)
         self.loss_key = loss_key
         self.val_loss_key = val_loss_key

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,34 +100,48 @@ def dequantize_4bit_reference(
 # The Triton kernel
 # ---------------------------------------------------------------------------------------------------------------------
 
-TILE = 4096  # elements a program: 32 per thread at 4 warps
+# Eight elements are one 32-bit word. Bytes are little-endian in it and the high nibble comes first, so that element i
+# starts at bit 4, 0, 12, 8, 20, 16, 28, 24.
+_SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
+
+
+def _word_ptx(pack: str) -> str:
+    """Write the PTX that turns a word ($4) and its scale ($5) into four registers of two 16-bit values ($0 to $3).
+
+    Lane l of the warp holds TABLE[l % 16] in $6, and a shuffle is the look-up: it reads bits 0 to 4 of the shifted word
+    only, so a code needs one shift and no mask (bit 4, of the next code, picks the other copy of the table). Products
+    flush subnormals to zero, as bitsandbytes' kernel does (it is built with fast math). ``pack`` rounds two of them.
+    """
+    lines = [".reg .b32 code;", ".reg .f32 value<8>;"]
+    for element, shift in enumerate(_SHIFTS):
+        lines += [
+            f"shr.b32 code, $4, {shift};",
+            f"shfl.sync.idx.b32 value{element}, $6, code, 31, 0xffffffff;",
+            f"mul.rn.ftz.f32 value{element}, value{element}, $5;",
+        ]
+    lines += [pack.format(out=f"${i}", low=f"value{2 * i}", high=f"value{2 * i + 1}") for i in range(4)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
 
 if triton is not None:
+    # cvt to two values at once exists from sm_80 on; a T4 (sm_75) rounds one by one, and bf16 not at all in hardware.
+    _PTX_FP16 = tl.constexpr(_word_ptx("cvt.rn.f16x2.f32 {out}, {high}, {low};"))
+    _PTX_BF16 = tl.constexpr(_word_ptx("cvt.rn.bf16x2.f32 {out}, {high}, {low};"))
+    _PTX_FP16_SM75 = tl.constexpr(
+        _word_ptx(
+            "{{ .reg .b16 half<2>; cvt.rn.f16.f32 half0, {low}; cvt.rn.f16.f32 half1, {high}; "
+            "mov.b32 {out}, {{half0, half1}}; }}"
+        )
+    )
 
     @triton.jit
-    def _block_absmax(  # type: ignore[no-untyped-def]
-        absmax_ptr,
-        code2_ptr,
-        absmax2_ptr,
-        offset_ptr,
-        first_block,  # int64 scalar: block of the tile's first element
-        block,  # int32 tensor: blocks after that
-        mask,
-        NESTED: tl.constexpr,
-        NESTED_BLOCKSIZE: tl.constexpr,
-    ):
-        """Load the float32 scale of each of the blocks ``first_block + block``."""
-        # The statistics are 1/32 of the bytes read and each serves many threads: keep them in cache.
-        quantized = tl.load(absmax_ptr + first_block + block, mask=mask, eviction_policy="evict_last")
-        if NESTED:
-            group = ((first_block % NESTED_BLOCKSIZE).to(tl.int32) + block) // NESTED_BLOCKSIZE
-            scale = tl.load(
-                absmax2_ptr + first_block // NESTED_BLOCKSIZE + group, mask=mask, eviction_policy="evict_last"
+    def _multiply(x, y, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+        if PTX:
+            return tl.inline_asm_elementwise(
+                "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
             )
-            code = tl.load(code2_ptr + quantized.to(tl.int32), mask=mask, eviction_policy="evict_last")
-            return code * scale + tl.load(offset_ptr)
-        else:  # noqa: RET505  both returns must be in one constexpr branch, for their types differ
-            return quantized
+        else:  # noqa: RET505  Triton drops a constexpr branch only with its else
+            return x * y
 
     @triton.jit
     def _round_to(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -138,46 +152,112 @@ if triton is not None:
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             rounded = tl.where(values == values, rounded, 0x7FFF)
             return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return values.to(dtype)
+        else:  # noqa: RET505
+            return values.to(dtype)
+
+    @triton.jit
+    def _load_scale(  # type: ignore[no-untyped-def]
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, start, element, mask,
+        BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr,
+        PTX: tl.constexpr,
+    ):  # fmt: skip
+        """Load the float32 scales of the elements ``start + element``, with ``start`` a multiple of TILE."""
+        block = ((start % BLOCKSIZE).to(tl.int32) + element) // BLOCKSIZE
+        # The statistics are 1/32 of the bytes read and each serves many threads: keep them in cache.
+        absmax = tl.load(absmax_ptr + start // BLOCKSIZE + block, mask=mask, eviction_policy="evict_last")
+        if NESTED:
+            GROUP: tl.constexpr = BLOCKSIZE * NESTED_BLOCKSIZE
+            group_ptr = absmax2_ptr + start // GROUP
+            if GROUP % TILE != 0:  # else one group covers the tile, and its scale is one scalar
+                group_ptr += ((start % GROUP).to(tl.int32) + element) // GROUP
+                absmax2 = tl.load(group_ptr, mask=mask, eviction_policy="evict_last")
+            else:
+                absmax2 = tl.load(group_ptr, eviction_policy="evict_last")
+            code2 = tl.load(code2_ptr + absmax.to(tl.int32), mask=mask, eviction_policy="evict_last")
+            return _multiply(code2, absmax2, PTX) + tl.load(offset_ptr)
+        else:  # noqa: RET505
+            return absmax
 
     @triton.jit
     def _whole_tile(  # type: ignore[no-untyped-def]
         packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start,
-        BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+        THREADS: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, PACKED_CVT: tl.constexpr,
     ):  # fmt: skip
-        """Dequantize TILE elements from ``start`` on, a 32-bit word (8 elements) at a time."""
-        word = tl.arange(0, TILE // 8)
-        position = tl.arange(0, 8)
-        codes = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + start // 8 + word, eviction_policy="evict_first")
-        # Bytes are little-endian in the word and the high nibble comes first: nibble order 1, 0, 3, 2, 5, 4, 7, 6.
-        codes = (codes[:, None] >> ((position ^ 1) * 4)[None, :]) & 0xF
-        block = ((start % BLOCKSIZE).to(tl.int32) + word * 8) // BLOCKSIZE
-        scale = _block_absmax(
-            absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, start // BLOCKSIZE, block, None, NESTED, NESTED_BLOCKSIZE
-        )
-        values = _round_to(
-            tl.load(table_ptr + codes, eviction_policy="evict_last") * scale[:, None], out_ptr.dtype.element_ty
-        )
-        tl.store(out_ptr + start + word[:, None] * 8 + position[None, :], values, eviction_policy="evict_first")
+        """Dequantize the tile at ``start``: STEPS times a row of one word per thread.
+
+        One word (4 bytes read, 16 bytes written) per thread and row keeps both the loads and the stores of a warp
+        contiguous; wider loads would have to be transposed through shared memory first.
+        """
+        TILE: tl.constexpr = THREADS * STEPS * 8
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        thread = tl.arange(0, THREADS)
+        words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + start // 8 + thread
+        # All loads come before the first store, which the compiler could not move them across.
+        words = ()
+        scales = ()
+        for step in tl.static_range(STEPS):
+            words += (tl.load(words_ptr + step * THREADS, eviction_policy="evict_first"),)  # type: ignore[assignment]
+        for step in tl.static_range(STEPS):
+            scales += (  # type: ignore[assignment]
+                _load_scale(
+                    absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, start, (thread + step * THREADS) * 8, None,
+                    BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, TILE, PTX,
+                ),
+            )  # fmt: skip
+        if PTX and dtype != tl.float32:
+            lane = tl.inline_asm_elementwise(
+                "mov.u32 $0, %laneid; // $1", "=r,r", [thread], dtype=tl.int32, is_pure=True, pack=1
+            )
+            table = tl.load(table_ptr + (lane & 15), eviction_policy="evict_last")
+            pairs_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + start // 2
+            pair = thread[:, None] * 4 + tl.arange(0, 4)[None, :]
+            for step in tl.static_range(STEPS):
+                # Impure, for a shuffle needs the whole warp: it must not be moved into a branch.
+                a, b, c, d = tl.inline_asm_elementwise(
+                    _PTX_BF16 if dtype == tl.bfloat16 else (_PTX_FP16 if PACKED_CVT else _PTX_FP16_SM75),
+                    "=r,=r,=r,=r,r,f,f",
+                    [words[step], scales[step], table],
+                    dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                    is_pure=False,
+                    pack=1,
+                )
+                # join adds a last dimension: [[a, b], [c, d]] takes a with c and b with d first.
+                quad = tl.join(tl.join(a, c), tl.join(b, d)).reshape(THREADS, 4)
+                tl.store(pairs_ptr + step * THREADS * 4 + pair, quad)
+        else:
+            position = tl.arange(0, 8)
+            for step in tl.static_range(STEPS):
+                codes = (words[step][:, None] >> ((position ^ 1) * 4)[None, :]) & 0xF
+                values = _multiply(tl.load(table_ptr + codes, eviction_policy="evict_last"), scales[step][:, None], PTX)
+                element = (thread + step * THREADS)[:, None] * 8 + position[None, :]
+                tl.store(out_ptr + start + element, _round_to(values, dtype))
 
     @triton.jit
     def _masked_tile(  # type: ignore[no-untyped-def]
         packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start, numel,
-        BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr,
+        BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+        THREADS: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr,
     ):  # fmt: skip
-        """Dequantize up to TILE elements from ``start`` on, each masked and of any alignment."""
-        element = tl.arange(0, TILE)
-        mask = start + element < numel
-        byte = tl.load(packed_ptr + start // 2 + element // 2, mask=mask).to(tl.int32)
-        codes = (byte >> (((element & 1) ^ 1) * 4)) & 0xF
-        block = ((start % BLOCKSIZE).to(tl.int32) + element) // BLOCKSIZE
-        scale = _block_absmax(
-            absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, start // BLOCKSIZE, block, mask, NESTED, NESTED_BLOCKSIZE
-        )
-        values = _round_to(tl.load(table_ptr + codes) * scale, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + start + element, values, mask=mask)
+        """Dequantize what there is of the tile at ``start``, element by element, whatever the alignment."""
+        TILE: tl.constexpr = THREADS * STEPS * 8
+        for first in range(0, TILE, THREADS * 2):  # a loop, not one wide row, to keep the registers of the kernel few
+            element = first + tl.arange(0, THREADS * 2)
+            mask = start + element < numel
+            byte = tl.load(packed_ptr + start // 2 + element // 2, mask=mask, other=0).to(tl.int32)
+            codes = (byte >> (((element & 1) ^ 1) * 4)) & 0xF
+            scale = _load_scale(
+                absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, start, element, mask,
+                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, TILE, PTX,
+            )  # fmt: skip
+            values = _multiply(tl.load(table_ptr + codes), scale, PTX)
+            tl.store(out_ptr + start + element, _round_to(values, out_ptr.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["numel"])
+    # The launcher below picks the compiled kernel itself, by these alignments and by the width of numel.
+    @triton.jit(
+        do_not_specialize=["numel"],
+        do_not_specialize_on_alignment=["absmax_ptr", "code2_ptr", "absmax2_ptr", "offset_ptr", "table_ptr"],
+    )
     def _dequantize_4bit_kernel(  # type: ignore[no-untyped-def]
         packed_ptr,  # uint8 [ceil(N / 2)], 16-byte aligned if ALIGNED
         absmax_ptr,  # uint8 [G] if NESTED else float32 [G]
@@ -191,34 +271,45 @@ if triton is not None:
         NESTED_BLOCKSIZE: tl.constexpr,
         NESTED: tl.constexpr,
         ALIGNED: tl.constexpr,
-        TILE: tl.constexpr,
+        THREADS: tl.constexpr,  # 32 * num_warps
+        STEPS: tl.constexpr,  # words per thread
+        PTX: tl.constexpr,  # inline assembly; else plain Triton with the same bits (for values of normal magnitude)
+        PACKED_CVT: tl.constexpr,  # compute capability >= 8.0
     ):
         # 64-bit arithmetic on scalars only, once per program; inside the tile 32-bit offsets suffice.
-        start = tl.program_id(0).to(tl.int64) * TILE
-        if ALIGNED and start + TILE <= numel:
+        start = tl.program_id(0).to(tl.int64) * (THREADS * STEPS * 8)
+        if ALIGNED and start + THREADS * STEPS * 8 <= numel:
             _whole_tile(
                 packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start,
-                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, TILE,
+                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, THREADS, STEPS, PTX, PACKED_CVT,
             )  # fmt: skip
         else:
             _masked_tile(
                 packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start, numel,
-                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, TILE,
+                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, THREADS, STEPS, PTX,
             )  # fmt: skip
 
 
-_device_tables: dict[tuple[str, torch.device], Tensor] = {}
+class LaunchConfig(NamedTuple):
+    """How to cut the weight into programs: ``threads * steps * 8`` elements each.
+
+    Few registers (32 on sm_80 and sm_90, 46 on sm_75) leave every SM full at 128 threads a program; 4 words per thread
+    then keep 32 KiB of packed weight in flight per SM, several times what the memory latency asks for.
+    """
+
+    threads: int = 128
+    steps: int = 4
+    ptx: bool = True
 
 
-def _device_table(quant_type: str, device: torch.device) -> Tensor:
-    key = (quant_type, device)
-    table = _device_tables.get(key)
-    if table is None:
-        table = torch.tensor(TABLES[quant_type], dtype=torch.float32, device=device)
-        if device.type == "cuda":  # the cached copy may be read from another stream next time
-            torch.cuda.current_stream(device).synchronize()
-        _device_tables[key] = table
-    return table
+class _Compiled(NamedTuple):
+    kernel: Any  # triton.compiler.CompiledKernel
+    table: Tensor
+    constants: tuple[Any, ...]  # the constexpr arguments, which a compiled kernel takes and ignores
+
+
+_DEFAULT_CONFIG = LaunchConfig()
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def _launch(
@@ -231,29 +322,56 @@ def _launch(
     nested_blocksize: int,
     quant_type: str,
     out: Tensor,
+    config: LaunchConfig = _DEFAULT_CONFIG,
 ) -> None:
-    """Run the Triton kernel on the current stream of ``out``'s device."""
+    """Run the Triton kernel on ``out``'s device, which must be the current one, on its current stream.
+
+    Triton's own launcher binds and specializes every argument on every call. What may vary here is known, so that from
+    the second call on the compiled kernel is taken from a dictionary and gets addresses.
+    """
     numel = out.numel()
     if numel == 0:
         return
-    _dequantize_4bit_kernel[(triton.cdiv(numel, TILE),)](
-        packed.view(torch.uint8) if packed.dtype is not torch.uint8 else packed,
-        absmax,
-        code2,
-        absmax2,
-        offset,
-        _device_table(quant_type, out.device),
-        out,
-        numel,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        NESTED=code2 is not None,
-        ALIGNED=(packed.data_ptr() | out.data_ptr()) % 16 == 0,
-        TILE=TILE,
-        num_warps=4,
-        # Keeps `code2 * absmax2 + offset` two roundings. Triton 3.6 fuses by default, 3.9 does not.
+    packed_address, out_address = packed.data_ptr(), out.data_ptr()
+    packed_aligned, out_aligned = packed_address % 16 == 0, out_address % 16 == 0
+    grid = (-(-numel // (config.threads * config.steps * 8)), 1, 1)
+    key = (
+        *(out.device, out.dtype, blocksize, nested_blocksize, quant_type, code2 is None),
+        *(packed_aligned, out_aligned, numel > 0x7FFFFFFF, config),
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled.kernel[grid](
+            packed_address,
+            absmax.data_ptr(),
+            None if code2 is None else code2.data_ptr(),
+            None if absmax2 is None else absmax2.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+            compiled.table.data_ptr(),
+            out_address,
+            numel,
+            *compiled.constants,
+        )
+        return
+    # Blocks until the copy is done, so that later calls may be on any stream.
+    table = torch.tensor(TABLES[quant_type], dtype=torch.float32, device=out.device)
+    capability = torch.cuda.get_device_capability(out.device) if out.is_cuda and torch.version.hip is None else (0, 0)
+    # In PTX only what the hardware rounds itself; the interpreter and AMD GPUs have capability (0, 0) here.
+    ptx = config.ptx and capability >= ((8, 0) if out.dtype is torch.bfloat16 else (7, 0))
+    constants = (
+        *(blocksize, nested_blocksize, code2 is not None, packed_aligned and out_aligned),
+        *(config.threads, config.steps, ptx, capability >= (8, 0)),
+    )
+    kernel = _dequantize_4bit_kernel[grid](
+        packed.view(torch.uint8),
+        *(absmax, code2, absmax2, offset, table, out, numel),
+        *constants,
+        num_warps=config.threads // 32,
+        # Keeps `code2 * absmax2 + offset` two roundings in plain Triton. 3.6 fuses by default, 3.9 does not.
         enable_fp_fusion=False,
     )
+    if out.is_cuda:
+        _compiled[key] = _Compiled(kernel, table, constants)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,14 +425,20 @@ def _check(
     absmax2: Tensor | None,
     offset: Tensor | None,
     numel: int,
+    dtype: torch.dtype,
     blocksize: int,
     nested_blocksize: int,
+    quant_type: str,
 ) -> None:
-    """Raise ValueError unless the tensors describe one weight of ``numel`` elements."""
+    """Raise ValueError unless the arguments describe one weight of ``numel`` elements.
+
+    Runs before every dequantization, hence spelled out: about 1.5 us where one small torch operation takes 2 us.
+    """
+    _check_format(dtype, blocksize, nested_blocksize, quant_type)
     blocks = -(-numel // blocksize)
     if not packed.is_contiguous():
         raise ValueError("packed must be contiguous, because its bytes are read in order: call .contiguous() first.")
-    if packed.numel() * packed.element_size() < (numel + 1) // 2:
+    if packed.numel() * packed.element_size() * 2 < numel:
         raise ValueError(
             f"packed has {packed.numel() * packed.element_size()} bytes, but {numel} elements of 4 bits need "
             f"{(numel + 1) // 2}: shape or quant_state belong to another weight."
@@ -324,37 +448,51 @@ def _check(
             f"absmax has {absmax.numel()} entries, but {numel} elements in blocks of {blocksize} need {blocks}: "
             "shape, blocksize or quant_state belong to another weight."
         )
-    tensors: tuple[tuple[str, Tensor], ...] = (("absmax", absmax),)
+    device = packed.get_device()
     if code2 is not None and absmax2 is not None and offset is not None:
         blocks2 = -(-blocks // nested_blocksize)
-        if absmax.dtype != torch.uint8:
-            raise ValueError(f"absmax must be uint8 with nested statistics, got {absmax.dtype}.")
+        if absmax.dtype is not torch.uint8:
+            raise ValueError(
+                f"absmax must be uint8 with code2, absmax2 and offset, got {absmax.dtype}: pass the three only for a "
+                "double-quantized weight."
+            )
         if code2.numel() != 256 or absmax2.numel() != blocks2 or offset.numel() != 1:
             raise ValueError(
                 f"code2, absmax2, offset have {code2.numel()}, {absmax2.numel()}, {offset.numel()} entries, but "
-                f"{blocks} blocks in groups of {nested_blocksize} need 256, {blocks2}, 1."
+                f"{blocks} blocks in groups of {nested_blocksize} need 256, {blocks2}, 1: nested_blocksize or "
+                "quant_state belong to another weight."
             )
-        for name, tensor in (("code2", code2), ("absmax2", absmax2), ("offset", offset)):
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"{name} must be float32, as bitsandbytes stores it, got {tensor.dtype}.")
-        tensors += (("code2", code2), ("absmax2", absmax2), ("offset", offset))
+        if not code2.dtype is absmax2.dtype is offset.dtype is torch.float32:
+            raise ValueError(
+                f"code2, absmax2, offset must be float32, as bitsandbytes stores them, got {code2.dtype}, "
+                f"{absmax2.dtype}, {offset.dtype}: convert them with .float()."
+            )
+        same_device = device == absmax.get_device() == code2.get_device() == absmax2.get_device() == offset.get_device()
+        contiguous = absmax.is_contiguous() and code2.is_contiguous() and absmax2.is_contiguous()
     elif code2 is not None or absmax2 is not None or offset is not None:
-        raise ValueError("code2, absmax2 and offset go together: pass all three (nested statistics) or None for each.")
-    elif absmax.dtype != torch.float32:
         raise ValueError(
-            f"absmax must be float32 without nested statistics, got {absmax.dtype}: 8-bit absmax needs "
-            "code2, absmax2 and offset."
+            "code2, absmax2 and offset go together: pass all three (double quantization) or None for each."
         )
-    for name, tensor in tensors:
-        if tensor.device != packed.device:
-            raise ValueError(f"{name} is on {tensor.device}, packed on {packed.device}: move them to one device.")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous: call .contiguous() first.")
+    elif absmax.dtype is not torch.float32:
+        raise ValueError(
+            f"absmax must be float32 without code2, absmax2 and offset, got {absmax.dtype}: pass the three as well if "
+            "the weight is double-quantized."
+        )
+    else:
+        same_device = device == absmax.get_device()
+        contiguous = absmax.is_contiguous()
+    if not same_device:
+        devices = [str(tensor.device) for tensor in (packed, absmax, code2, absmax2, offset) if tensor is not None]
+        raise ValueError(
+            f"packed, absmax, code2, absmax2, offset must be on one device, got {', '.join(devices)}: move them."
+        )
+    if not contiguous:
+        raise ValueError("absmax, code2 and absmax2 must be contiguous: call .contiguous() first.")
 
 
 def _check_format(dtype: torch.dtype, blocksize: int, nested_blocksize: int, quant_type: str) -> None:
     if quant_type not in TABLES:
-        raise ValueError(f"quant_type must be one of {sorted(TABLES)}, got {quant_type!r}.")
+        raise ValueError(f"quant_type must be one of {', '.join(TABLES)}, the formats known here, got {quant_type!r}.")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, as in bitsandbytes, got {blocksize}.")
     if nested_blocksize < 1:
@@ -364,9 +502,9 @@ def _check_format(dtype: torch.dtype, blocksize: int, nested_blocksize: int, qua
 
 
 def _check_out(out: Tensor, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != packed.device:
+    if tuple(out.shape) != tuple(shape) or out.dtype is not dtype or out.get_device() != packed.get_device():
         raise ValueError(
-            f"out must be {dtype} {tuple(shape)} on {packed.device}, "
+            f"out must be {dtype} {tuple(shape)} on {packed.device} to take this weight, "
             f"got {out.dtype} {tuple(out.shape)} on {out.device}."
         )
     if not out.is_contiguous():
@@ -435,7 +573,8 @@ def _cuda(
     quant_type: str,
 ) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    _cuda_out(packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type, out=out)
+    _check(packed, absmax, code2, absmax2, offset, out.numel(), dtype, blocksize, nested_blocksize, quant_type)
+    _launch_on_device(packed, absmax, code2, absmax2, offset, blocksize, nested_blocksize, quant_type, out)
     return out
 
 
@@ -453,13 +592,19 @@ def _cuda_out(
     *,
     out: Tensor,
 ) -> None:
-    _check_format(dtype, blocksize, nested_blocksize, quant_type)
-    _check(packed, absmax, code2, absmax2, offset, out.numel(), blocksize, nested_blocksize)
+    _check(packed, absmax, code2, absmax2, offset, math.prod(shape), dtype, blocksize, nested_blocksize, quant_type)
     _check_out(out, packed, shape, dtype)
+    _launch_on_device(packed, absmax, code2, absmax2, offset, blocksize, nested_blocksize, quant_type, out)
+
+
+def _launch_on_device(packed: Tensor, *args: Any) -> None:
     if triton is None:
         raise RuntimeError("4-bit weights on a GPU need Triton, which is not installed: pip install triton.")
-    with torch.cuda.device(packed.device):
-        _launch(packed, absmax, code2, absmax2, offset, blocksize, nested_blocksize, quant_type, out)
+    if packed.get_device() == torch.cuda.current_device():
+        _launch(packed, *args)
+    else:
+        with torch.cuda.device(packed.device):
+            _launch(packed, *args)
 
 
 def _cpu(
@@ -475,8 +620,7 @@ def _cpu(
     quant_type: str,
 ) -> Tensor:
     numel = math.prod(shape)
-    _check_format(dtype, blocksize, nested_blocksize, quant_type)
-    _check(packed, absmax, code2, absmax2, offset, numel, blocksize, nested_blocksize)
+    _check(packed, absmax, code2, absmax2, offset, numel, dtype, blocksize, nested_blocksize, quant_type)
     flat = _dequantize_cpu(
         packed, absmax, code2, absmax2, offset, numel, dtype, blocksize, nested_blocksize, quant_type
     )
@@ -510,6 +654,19 @@ torch.library.impl("lightning_qlora::dequantize_4bit.out", "CPU", _cpu_out)
 # ---------------------------------------------------------------------------------------------------------------------
 # The public functions
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _nothing_intercepts(packed: Tensor) -> bool:
+    """Whether an eager call may skip the torch dispatcher, which costs more than the launch (4 us for 10 arguments).
+
+    Not while compiling, nor under a dispatch mode (fake tensors, selective checkpointing, FLOP counters...), nor with a
+    tensor subclass that handles ops itself. The depth of the mode stack has no public name.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(packed).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
 
 
 def dequantize_4bit(
@@ -552,6 +709,8 @@ def dequantize_4bit(
         ValueError: a tensor has the wrong dtype, device, length or layout, or an option is not supported.
     """
     if out is None:
+        if packed.is_cuda and _nothing_intercepts(packed):
+            return _cuda(packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type)
         weight: Tensor = torch.ops.lightning_qlora.dequantize_4bit.default(
             packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type
         )

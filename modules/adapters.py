@@ -27,7 +27,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig, base_name: str, *, write: bool = True) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | Path, lora: LoraConfig, base_name: str, *, write: bool = True
+) -> None:
     """Write the adapters of ``model`` as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
     Args:
@@ -68,7 +70,9 @@ def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> N
         )
     for key, parameter in parameters.items():
         if tuple(state[key].shape) != tuple(parameter.shape):
-            raise ValueError(f"Adapter {directory}: {key!r} has shape {tuple(state[key].shape)}, not {tuple(parameter.shape)}.")
+            raise ValueError(
+                f"Adapter {directory}: {key!r} has shape {tuple(state[key].shape)}, not {tuple(parameter.shape)}."
+            )
         copy_local_rows(parameter, state[key])
 
 
@@ -90,7 +94,9 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
     for option in ("r", "lora_alpha", "use_rslora"):
         theirs, mine = getattr(config, option, None), getattr(lora, option)
         if theirs != mine:
-            raise ValueError(f"The adapter in {directory} has {option}={theirs}, this run {option}={mine}. Use the same.")
+            raise ValueError(
+                f"The adapter in {directory} has {option}={theirs}, this run {option}={mine}. Use the same."
+            )
     return state
 
 

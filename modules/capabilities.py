@@ -94,5 +94,7 @@ def check_devices(devices: int) -> int:
         )
     cores = os.cpu_count() or 1
     if not torch.cuda.is_available() and devices > max(4, cores):
-        raise ValueError(f"devices={devices} processes on a machine with {cores} CPU core(s) and no GPU: lower --devices.")
+        raise ValueError(
+            f"devices={devices} processes on a machine with {cores} CPU core(s) and no GPU: lower --devices."
+        )
     return devices

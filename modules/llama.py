@@ -304,7 +304,9 @@ class BaseIdentity:
             ValueError: Naming each attribute that differs.
         """
         mine = self.to_dict()
-        differing = [f"{key} is {other.get(key)!r} there and {mine[key]!r} here" for key in mine if other.get(key) != mine[key]]
+        differing = [
+            f"{key} is {other.get(key)!r} there and {mine[key]!r} here" for key in mine if other.get(key) != mine[key]
+        ]
         if differing:
             raise ValueError(
                 f"{source} was made with another model or LoRA shape: {'; '.join(differing)}. Resume with the same --model, "

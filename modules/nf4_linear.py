@@ -59,7 +59,9 @@ class Quantized4bit:
     quant_type: str = "nf4"
 
     @classmethod
-    def quantize(cls, weight: Tensor, *, nested: bool = True, blocksize: int = 64, quant_type: str = "nf4") -> Quantized4bit:
+    def quantize(
+        cls, weight: Tensor, *, nested: bool = True, blocksize: int = 64, quant_type: str = "nf4"
+    ) -> Quantized4bit:
         """Quantize ``weight`` [N, K] (float16, bfloat16 or float32) with bitsandbytes, on the weight's device."""
         packed, state = bnb.quantize_4bit(
             weight.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
@@ -122,12 +124,16 @@ def _linear_4bit_input_grad(
 
 
 @_linear_4bit.register_fake
-def _(x: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, out_features: int, *_: Any) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, out_features: int, *_: Any
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @_linear_4bit_input_grad.register_fake
-def _(grad: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, in_features: int, *_: Any) -> Tensor:
+def _(
+    grad: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, in_features: int, *_: Any
+) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -262,7 +268,13 @@ class NF4Linear(nn.Linear):
         Raises:
             ValueError: If shape, block sizes or quantization type differ from the layer's.
         """
-        mine = ((self.out_features, self.in_features), self.nested, self.blocksize, self.nested_blocksize, self.quant_type)
+        mine = (
+            (self.out_features, self.in_features),
+            self.nested,
+            self.blocksize,
+            self.nested_blocksize,
+            self.quant_type,
+        )
         theirs = (quantized.shape, quantized.code2 is not None, quantized.blocksize, quantized.nested_blocksize,
                   quantized.quant_type)  # fmt: skip
         if mine != theirs:

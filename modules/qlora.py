@@ -114,9 +114,7 @@ class QLoRALlama(L.LightningModule):
             return
         strategy = self.trainer.strategy
         dtype = compute_dtype(self.trainer.precision_plugin.precision)
-        model = build_llama(
-            self.base, self.lora, dtype=dtype, checkpoint_activations=self.checkpoint_activations
-        )
+        model = build_llama(self.base, self.lora, dtype=dtype, checkpoint_activations=self.checkpoint_activations)
         device, parameters_on = strategy.root_device, None
         if isinstance(strategy, FSDP2Strategy):
             strategy.shard(model, model.shard_groups())

@@ -36,7 +36,9 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step, the newest file among equals."""
-        found = [(int(match[1]), path) for path in self.checkpoints.glob("*.ckpt") if (match := _STEP.search(path.name))]
+        found = [
+            (int(match[1]), path) for path in self.checkpoints.glob("*.ckpt") if (match := _STEP.search(path.name))
+        ]
         return max(found, key=lambda item: (item[0], item[1].stat().st_mtime))[1] if found else None
 
     def holds_run(self) -> bool:

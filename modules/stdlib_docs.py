@@ -17,6 +17,7 @@ unasked, so that a few optimizer steps show in the loss and in the text:
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -66,21 +67,21 @@ def stdlib_api_cards(limit: int | None = None) -> list[Chat]:
         Chats of one user and one assistant message each.
 
     Raises:
-        ValueError: If ``limit`` is smaller than 1, or if the interpreter has no docstrings to read.
+        ValueError: If ``limit`` is smaller than 1, or if the interpreter strips docstrings.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; pass None for all cards")
+    if sys.flags.optimize >= 2:
+        raise ValueError(
+            "this interpreter was started with -OO or PYTHONOPTIMIZE=2, which strips the docstrings of everything "
+            "written in Python; start it without, or pass a data set of your own"
+        )
     cards: dict[str, Chat] = {}
     for module_name in _MODULES:
         for name, kind, member in _documented_members(importlib.import_module(module_name)):
             card = _card(module_name, name, kind, member)
             if card is not None:
                 cards.setdefault(card["messages"][0]["content"], card)
-    if not cards:
-        raise ValueError(
-            "no docstrings found in the standard library: the interpreter was started with -OO (or "
-            "PYTHONOPTIMIZE=2), which strips them; start it without, or pass a data set of your own"
-        )
     return list(cards.values())[:limit]
 
 

@@ -44,7 +44,9 @@ class SafetensorsCheckpoint:
         if index is not None:
             missing = sorted({name for name in index.values() if not (self.directory / name).is_file()})
             if missing:
-                raise ValueError(f"{self.directory} lacks {', '.join(missing)}, which {INDEX_NAME} names. Download it again.")
+                raise ValueError(
+                    f"{self.directory} lacks {', '.join(missing)}, which {INDEX_NAME} names. Download it again."
+                )
             files = [self.directory / name for name in sorted(set(index.values()))]
         else:
             files = sorted(self.directory.glob("*.safetensors"))
@@ -58,12 +60,16 @@ class SafetensorsCheckpoint:
             try:
                 handle = self._files.enter_context(safe_open(str(file), framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged or not a safetensors file ({error}). Download it again.") from error
+                raise ValueError(
+                    f"{file} is damaged or not a safetensors file ({error}). Download it again."
+                ) from error
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 self._home[name] = handle
         absent = sorted(set(index or ()) - set(self._home))
         if absent:
-            raise ValueError(f"{self.directory}: {INDEX_NAME} names {absent[0]!r}, but no shard holds it. Download it again.")
+            raise ValueError(
+                f"{self.directory}: {INDEX_NAME} names {absent[0]!r}, but no shard holds it. Download it again."
+            )
         self.files = files
 
     def _read_index(self) -> dict[str, str] | None:
@@ -193,11 +199,15 @@ def _load_quantized(layer: NF4Linear, checkpoint: SafetensorsCheckpoint, name: s
         return
     expected = (layer.out_features, layer.in_features)
     if tuple(state["shape"]) != expected:
-        raise ValueError(f"{checkpoint.directory}: {name!r} has shape {state['shape']}, but config.json implies {expected}.")
+        raise ValueError(
+            f"{checkpoint.directory}: {name!r} has shape {state['shape']}, but config.json implies {expected}."
+        )
     row_bytes = layer.in_features // 2
     start, stop = local_rows(layer.weight)
     local = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
-    local.copy_(checkpoint.bytes(name, start * row_bytes, stop * row_bytes).clone().view(STORAGE_DTYPE).view(local.shape))
+    local.copy_(
+        checkpoint.bytes(name, start * row_bytes, stop * row_bytes).clone().view(STORAGE_DTYPE).view(local.shape)
+    )
     absmax = checkpoint.get(f"{name}.absmax")
     if layer.nested:
         padding = -absmax.numel() % STORAGE_DTYPE.itemsize

@@ -87,7 +87,12 @@ def main(
 
     directory = resolve_model(model)
     data = ChatDataModule(
-        AutoTokenizer.from_pretrained(directory), dataset, batch_size=batch_size, seq_len=seq_len, seed=seed, val_samples=32
+        AutoTokenizer.from_pretrained(directory),
+        dataset,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        seed=seed,
+        val_samples=32,
     )
     data.load()
     module = QLoRALlama(
@@ -102,7 +107,7 @@ def main(
     )
     module.check_checkpoint(checkpoint)
 
-    question, reference = data.first_held_out()
+    examples = [(prompt, None)] if prompt else [data.example()] if data.example() else []
     stop = GracefulStop(run.checkpoints)
     trainer = L.Trainer(
         devices=devices,
@@ -118,7 +123,7 @@ def main(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            CompareAnswers([prompt or question], references=[] if prompt else [reference]),
+            CompareAnswers(examples),
             LossProgress(),
             SaveAdapter(run.adapter),
             RunReport(run.report, metadata={"model": model, "dataset": dataset, "lora_r": lora_r, "seq_len": seq_len}),

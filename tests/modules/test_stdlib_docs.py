@@ -15,7 +15,11 @@ ANSWER = re.compile(
     r"name: (?P<name>[\w.]+)\nmodule: (?P<module>[\w.]+)\nkind: (function|class|method)\n"
     r"arguments: (none|[\w*]+(, [\w*]+)*)\nsummary: [A-Z].*[.!?]"
 )
-DUMP = "import json, sys; from lightning_qlora.modules.stdlib_docs import stdlib_api_cards as s; json.dump(s(), sys.stdout)"
+DUMP = """
+import json, sys
+from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
+json.dump(stdlib_api_cards(), sys.stdout)
+"""
 
 
 def run_python(*options: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -34,11 +38,11 @@ def test_a_known_function():
     )
 
 
-def test_a_method_is_described_without_self_and_a_static_one_with_all_arguments():
+def test_a_method_is_described_without_self():
     found = answers()
-    assert "\narguments: ratio\n" not in found["Describe `fractions.Fraction.limit_denominator(max_denominator=1000000)`."]
-    assert "\nkind: method\narguments: max_denominator\n" in (
-        found["Describe `fractions.Fraction.limit_denominator(max_denominator=1000000)`."]
+    assert (
+        "\nkind: method\narguments: max_denominator\n"
+        in (found["Describe `fractions.Fraction.limit_denominator(max_denominator=1000000)`."])
     )
     assert "\narguments: a, b\n" in found["Describe `difflib.SequenceMatcher.set_seqs(a, b)`."]
 
@@ -100,4 +104,4 @@ def test_no_path_or_address_of_this_process_gets_in():
 def test_stripped_docstrings_are_refused():
     stripped = run_python("-OO")
     assert stripped.returncode != 0
-    assert "ValueError: no docstrings found" in stripped.stderr
+    assert "ValueError: this interpreter was started with -OO" in stripped.stderr
