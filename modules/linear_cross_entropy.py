@@ -103,8 +103,8 @@ def linear_cross_entropy(
     """
     if isinstance(weight, DTensor):
         raise ValueError(
-            "weight is a DTensor, i.e. FSDP has not gathered it. Call the loss from the forward of the module that owns "
-            "the weight (see LossHead), so that FSDP's hooks gather it first."
+            "weight is a DTensor, i.e. FSDP has not gathered it. Call the loss from the forward of the module that "
+            "owns the weight (see LossHead), so that FSDP's hooks gather it first."
         )
     if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)} [V, H].")
@@ -114,7 +114,7 @@ def linear_cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk_tokens must be at least 1 or 'auto', got {chunk_tokens}.")
     flat_labels = labels.reshape(-1)
-    total: Tensor = _LinearCrossEntropy.apply(
+    total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]), weight.to(hidden.dtype), flat_labels, ignore_index, chunk
     )
     if reduction == "sum":

@@ -43,7 +43,8 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
     """Return ``lora`` if these modules can train it.
 
     Raises:
-        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), or a variant of LoRA that reads or
+        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), or a variant of LoRA that reads
+        or
             changes the base weight (DoRA, PiSSA and other initialisations, trained biases, ``modules_to_save``).
     """
     if lora.r < 1:
@@ -123,7 +124,8 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
     def shard_groups(self) -> list[list[nn.Module]]:
         """What FSDP2 gathers together: each decoder layer; the embedding; final norm and head.
 
-        Tied embeddings belong to one parameter used at both ends, so they stay with the root, like all that is not listed.
+        Tied embeddings belong to one parameter used at both ends, so they stay with the root, like all that is not
+        listed.
         """
         groups: list[list[nn.Module]] = [[layer] for layer in self.model.layers]
         if not self.config.tie_word_embeddings:
@@ -258,7 +260,8 @@ def materialize(
 
 @torch.no_grad()
 def init_lora(model: nn.Module, seed: int) -> None:
-    """peft's default initialisation (A uniform as ``nn.Linear``'s, B zero), in float32 and equal for any number of ranks.
+    """peft's default initialisation (A uniform as ``nn.Linear``'s, B zero), in float32 and equal for any number of
+    ranks.
 
     Each full A is drawn on the CPU from a generator seeded by ``seed`` and its position; a rank keeps its rows.
     """

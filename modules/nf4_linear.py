@@ -5,9 +5,9 @@ would require a gradient). So the packed nibbles and the quantized absmax are pa
 float32, and nothing may convert that view:
 
 - float32 rather than float16: when all parameters of an FSDP group share one dtype, FSDP copies them with
-  ``torch._foreach_copy_``, which on a GPU takes float16 and bfloat16 through float32 registers and so quiets bit patterns
-  that happen to be signalling NaNs. float32 is copied as it is. peft, too, creates LoRA weights in the dtype of the base
-  weight, and float32 is what they should have.
+  ``torch._foreach_copy_``, which on a GPU takes float16 and bfloat16 through float32 registers and so quiets bit
+  patterns that happen to be signalling NaNs. float32 is copied as it is. peft, too, creates LoRA weights in the dtype
+  of the base weight, and float32 is what they should have.
 - A mixed-precision policy with a 16-bit ``param_dtype`` would convert the bytes: :func:`check_mixed_precision_policy`
   refuses it before sharding, and ``forward`` refuses a converted weight in any case.
 - ``module.to(dtype)`` leaves these tensors alone.
@@ -182,14 +182,15 @@ def _dequantize(
 class NF4Linear(nn.Linear):
     """``y = x @ W.T + bias`` with W frozen in bitsandbytes' 4-bit format (NF4, or FP4 by ``quant_type``).
 
-    An ``nn.Linear`` to peft, which wraps it with its stock LoRA layer. The product is computed in the dtype of ``x``, or
-    in autocast's dtype where that is on. Forward and backward dequantize; autograd keeps packed tensors only.
+    An ``nn.Linear`` to peft, which wraps it with its stock LoRA layer. The product is computed in the dtype of ``x``,
+    or in autocast's dtype where that is on. Forward and backward dequantize; autograd keeps packed tensors only.
 
     Parameters and buffers:
         weight: float32 [N, K / 8], the packed nibbles' bytes (0.5 byte a value).
         absmax: with double quantization float32 [ceil(B / 4)], the bytes of the quantized absmax; else float32 [B].
             Its sharding is independent of the weight's rows, so blocks may cross rows.
-        code2, absmax2, offset: float32 [256], [ceil(B / nested_blocksize)] and 0-dim buffers (double quantization only),
+        code2, absmax2, offset: float32 [256], [ceil(B / nested_blocksize)] and 0-dim buffers (double quantization
+        only),
             small and replicated.
         bias: [N] or ``None``.
 
@@ -234,7 +235,7 @@ class NF4Linear(nn.Linear):
         else:
             self.absmax = _frozen(blocks, dtype=torch.float32, device=device)
             self.code2 = self.absmax2 = self.offset = None
-        self.bias = _frozen(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", _frozen(out_features, dtype=dtype, device=device) if bias else None)
 
     @property
     def num_blocks(self) -> int:
@@ -253,8 +254,8 @@ class NF4Linear(nn.Linear):
         n, k = quantized.shape
         layer = cls(
             k, n, bias is not None, nested=quantized.code2 is not None, blocksize=quantized.blocksize,
-            nested_blocksize=quantized.nested_blocksize, quant_type=quantized.quant_type, device=quantized.packed.device,
-            dtype=None if bias is None else bias.dtype,
+            nested_blocksize=quantized.nested_blocksize, quant_type=quantized.quant_type,
+            device=quantized.packed.device, dtype=None if bias is None else bias.dtype,
         )  # fmt: skip
         layer.load_quantized(quantized)
         if layer.bias is not None and bias is not None:
@@ -321,10 +322,10 @@ class NF4Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # `.to(dtype)`, `.half()` and Lightning's "true" precisions come through here. They may move the quantized tensors
-        # but not convert them: float32 is only how their bytes are stored.
+        # `.to(dtype)`, `.half()` and Lightning's "true" precisions come through here. They may move the quantized
+        # tensors but not convert them: float32 is only how their bytes are stored.
         quantized = [self.weight, self.absmax, self.code2, self.absmax2, self.offset]
-        super()._apply(keep_dtype(fn, quantized), recurse)
+        super()._apply(keep_dtype(fn, quantized), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

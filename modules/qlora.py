@@ -1,7 +1,7 @@
 """The LightningModule: QLoRA finetuning of a Llama, on one device or sharded by :class:`FSDP2Strategy`.
 
-Shapes: B samples, S tokens a sample. A *step* is an optimizer step; it takes ``accumulate_grad_batches`` micro-batches on
-each rank.
+Shapes: B samples, S tokens a sample. A *step* is an optimizer step; it takes ``accumulate_grad_batches`` micro-batches
+on each rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -44,11 +45,12 @@ class QLoRALlama(L.LightningModule):
     """Finetunes LoRA adapters on a Llama whose base is frozen in 4 bits.
 
     A batch is a dict with ``input_ids`` and ``labels``, int64 [B, S], right-padded, labels -100 where no loss is taken,
-    and ``num_loss_tokens``, the number of other labels in ``labels[:, 1:]`` as a python int. No attention mask is needed:
-    attention is causal, so a token never sees the padding to its right.
+    and ``num_loss_tokens``, the number of other labels in ``labels[:, 1:]`` as a python int. No attention mask is
+    needed: attention is causal, so a token never sees the padding to its right.
 
-    The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however unequal.
-    Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the count.
+    The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however
+    unequal. Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the
+    count.
 
     Logged: ``train_loss`` (mean over the step's tokens), ``lr``, ``grad_norm`` (before clipping), ``val_loss``.
 
@@ -185,9 +187,10 @@ class QLoRALlama(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all tokens of all ranks."""
         loss_sum, tokens = self._reduce(self._val)
-        self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True)
+        # Equal on all ranks already; sync_dist only tells Lightning so.
+        self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the adapters, with a schedule by step."""
         trained = self._trained()
         missing = [n for n, p in self.named_parameters() if p.requires_grad != ("lora_" in n)]
@@ -206,7 +209,8 @@ class QLoRALlama(L.LightningModule):
         return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        # The loss is computed inside the forward of the module that FSDP2 took as its root: only there are weights gathered.
+        # The loss is computed inside the forward of the module that FSDP2 took as its root: only there are weights
+        # gathered.
         output = self._model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=1)
         return output.loss  # type: ignore[no-any-return]
 

@@ -4,9 +4,11 @@
     python recipes/fsdp2_qlora.py --devices 2 --model meta-llama/Llama-3.1-8B-Instruct --dataset chats.jsonl
 
 Each device holds its share of the packed 4-bit weights; layers are gathered as 4-bit bytes and dequantized inside the
-matrix products. Without flags it finetunes SmolLM2-135M-Instruct on API cards made from Python's own documentation:
-about 5 minutes on 2 CPU cores, validation loss from about 3.1 to under 1, no GPU and no model hub needed. Writes report.json, a peft adapter
-and resumable checkpoints to --output_dir; Ctrl-C saves a checkpoint, and --resume goes on from the last one.
+matrix products. Without flags it finetunes SmolLM2-135M-Instruct on API cards made from Python's own documentation: no
+GPU and no model hub needed, about 6 minutes and 3 GiB a process on 2 CPU cores, the loss falling from 2.9 to below 1.
+
+Writes report.json, a peft adapter and resumable checkpoints to --output_dir. Ctrl-C saves a checkpoint; --resume goes
+on from the latest.
 """
 
 from __future__ import annotations

@@ -1,0 +1,570 @@
+"""kernels/nf4.py against an independent NumPy reference, against bitsandbytes, and as a torch op.
+
+Three implementations are under test: the plain-torch reference and the CPU op in this process, and the Triton kernel,
+interpreted on the CPU in a child process (``TRITON_INTERPRET`` is read when Triton decorates a kernel) and compiled on
+the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_qlora.kernels import nf4
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+needs_two_gpus = [pytest.mark.multigpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+Weight = dict[str, Any]  # the arguments of dequantize_4bit
+
+
+def make_weight(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float16,
+    blocksize: int = 64,
+    nested_blocksize: int = 256,
+    quant_type: str = "nf4",
+    nested: bool = True,
+    seed: int = 0,
+) -> Weight:
+    """Return a weight of random codes: every code and every 8-bit scale occurs, unlike in a quantized normal weight."""
+    generator = torch.Generator().manual_seed(seed)
+    numel = math.prod(shape)
+    blocks = -(-numel // blocksize)
+    weight: Weight = {
+        "packed": torch.randint(0, 256, ((numel + 1) // 2, 1), dtype=torch.uint8, generator=generator),
+        "absmax": torch.rand(blocks, generator=generator) + 0.01,
+        "code2": None,
+        "absmax2": None,
+        "offset": None,
+        "shape": shape,
+        "dtype": dtype,
+        "blocksize": blocksize,
+        "nested_blocksize": nested_blocksize,
+        "quant_type": quant_type,
+    }
+    if nested:
+        weight["absmax"] = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+        weight["code2"] = bnb.create_dynamic_map()
+        weight["absmax2"] = torch.rand(-(-blocks // nested_blocksize), generator=generator) * 0.1 + 0.01
+        weight["offset"] = torch.tensor(0.0731)
+    return weight
+
+
+def from_quant_state(packed: Tensor, state: bnb.QuantState) -> Weight:
+    nested = state.state2 is not None
+    return {
+        "packed": packed,
+        "absmax": state.absmax,
+        "code2": state.state2.code if nested else None,
+        "absmax2": state.state2.absmax if nested else None,
+        "offset": state.offset if nested else None,
+        "shape": tuple(state.shape),
+        "dtype": state.dtype,
+        "blocksize": state.blocksize,
+        "quant_type": state.quant_type,
+    }
+
+
+def numpy_dequantize(weight: Weight) -> np.ndarray:
+    """Dequantize in NumPy: float16 and float32 as such, bfloat16 as the float32 numbers it stands for."""
+    numel, blocksize = math.prod(weight["shape"]), weight["blocksize"]
+    data = weight["packed"].numpy().reshape(-1)
+    codes = np.empty(2 * data.size, dtype=np.int64)
+    codes[0::2], codes[1::2] = data // 16, data % 16
+    element = np.arange(numel)
+    absmax = weight["absmax"].numpy()
+    if weight["code2"] is not None:
+        block = np.arange(absmax.size)
+        scale2 = weight["absmax2"].numpy()[block // weight["nested_blocksize"]]
+        absmax = np.add(np.multiply(weight["code2"].numpy()[absmax], scale2), weight["offset"].numpy())
+    table = bnb.get_4bit_type(weight["quant_type"], device="cpu").numpy()
+    assert table.dtype == absmax.dtype == np.float32
+    values = (table[codes[:numel]] * absmax[element // blocksize]).reshape(weight["shape"])
+    if weight["dtype"] is torch.bfloat16:
+        bits = values.view(np.uint32).astype(np.uint64)
+        below, kept = bits % 0x10000, bits // 0x10000
+        kept += (below > 0x8000) | ((below == 0x8000) & (kept % 2 == 1))
+        return (kept * 0x10000).astype(np.uint32).view(np.float32)
+    return values.astype(np.float16 if weight["dtype"] is torch.float16 else np.float32)
+
+
+def as_numpy(weight: Tensor) -> np.ndarray:
+    return (weight.float() if weight.dtype is torch.bfloat16 else weight).numpy()
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(1, 9000)),
+    st.tuples(st.integers(1, 40), st.integers(1, 300)),
+    st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 70)),
+)
+weights = st.builds(
+    make_weight,
+    shape=shapes,
+    dtype=st.sampled_from(nf4.DTYPES),
+    blocksize=st.sampled_from(nf4.BLOCKSIZES),
+    nested_blocksize=st.sampled_from((1, 7, 256)),
+    quant_type=st.sampled_from(("nf4", "fp4")),
+    nested=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+# --- the reference and the CPU op -----------------------------------------------------------------------------------
+
+
+@given(weights)
+@settings(relaxed, max_examples=100)
+def test_reference_equals_numpy(weight: Weight) -> None:
+    np.testing.assert_array_equal(as_numpy(nf4.dequantize_4bit_reference(**weight)), numpy_dequantize(weight))
+
+
+@given(weights)
+@settings(relaxed, max_examples=100)
+def test_cpu_op_equals_numpy(weight: Weight) -> None:
+    result = nf4.dequantize_4bit(**weight)
+    assert result.shape == weight["shape"]
+    assert result.dtype is weight["dtype"]
+    np.testing.assert_array_equal(as_numpy(result), numpy_dequantize(weight))
+
+
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_equals_bitsandbytes_after_its_quantization(dtype: torch.dtype, quant_type: str, nested: bool) -> None:
+    weight = torch.randn(24, 128, dtype=dtype)
+    for blocksize in (32, 64, 128):
+        packed, state = bnb.quantize_4bit(
+            weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+        )
+        ours = nf4.dequantize_quant_state(packed, state)
+        assert torch.equal(ours, bnb.dequantize_4bit(packed, state))
+        assert torch.equal(ours, nf4.dequantize_4bit_reference(**from_quant_state(packed, state)))
+
+
+def test_error_of_the_result_is_one_rounding_of_the_exact_value() -> None:
+    for dtype in nf4.DTYPES:
+        weight = make_weight((64, 96), dtype)
+        scales = nf4.dequantize_absmax(*(weight[name] for name in ("absmax", "code2", "absmax2", "offset")))
+        table = torch.tensor(nf4.TABLES["nf4"], dtype=torch.float32).double()
+        data = weight["packed"].flatten().int()
+        codes = torch.stack((data // 16, data % 16), 1).flatten()
+        exact = (table[codes] * scales.double().repeat_interleave(64)).view(64, 96)
+        # Two roundings, to float32 and to the dtype; below the normal range the spacing is constant.
+        info = torch.finfo(dtype)
+        bound = exact.abs() * (info.eps / 2 + 2.0**-24) + info.smallest_normal * info.eps / 2
+        assert ((nf4.dequantize_4bit(**weight).double() - exact).abs() <= bound).all()
+
+
+def test_fused_multiply_add_would_show() -> None:
+    """The weights of these tests tell two roundings of the nested scale from one: else they could not see a fused add."""
+    weight = make_weight((4096, 64), torch.float16)
+    scale2 = weight["absmax2"].repeat_interleave(256)[: weight["absmax"].numel()]
+    fused = (weight["code2"][weight["absmax"].int()].double() * scale2.double() + weight["offset"].double()).float()
+    contracted = weight | {"absmax": fused, "code2": None, "absmax2": None, "offset": None}
+    assert not torch.equal(nf4.dequantize_4bit(**weight), nf4.dequantize_4bit(**contracted))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float16, torch.bfloat16, torch.float32])
+def test_storage_dtype_does_not_matter(storage: torch.dtype) -> None:
+    weight = make_weight((6, 128))
+    viewed = weight | {"packed": weight["packed"].view(-1).view(storage).view(6, -1)}
+    assert torch.equal(nf4.dequantize_4bit(**viewed), nf4.dequantize_4bit(**weight))
+
+
+def test_surplus_bytes_are_ignored() -> None:
+    weight = make_weight((3, 33))
+    longer = weight | {"packed": torch.cat((weight["packed"].flatten(), torch.full((17,), 255, dtype=torch.uint8)))}
+    assert torch.equal(nf4.dequantize_4bit(**longer), nf4.dequantize_4bit(**weight))
+
+
+def test_empty_weight() -> None:
+    empty = make_weight((0, 64), nested=False)
+    assert nf4.dequantize_4bit(**empty).shape == (0, 64)
+
+
+def test_out_is_filled_and_returned() -> None:
+    weight = make_weight((16, 64), torch.bfloat16)
+    out = torch.empty(16, 64, dtype=torch.bfloat16)
+    assert nf4.dequantize_4bit(**weight, out=out) is out
+    assert torch.equal(out, nf4.dequantize_4bit(**weight))
+
+
+def test_dtype_of_the_result_is_independent_of_the_quantized_one() -> None:
+    packed, state = bnb.quantize_4bit(torch.randn(8, 64, dtype=torch.float16), quant_type="nf4", blocksize=64)
+    ours = nf4.dequantize_quant_state(packed, state, dtype=torch.float32)
+    assert ours.dtype is torch.float32
+    assert torch.equal(ours.half(), bnb.dequantize_4bit(packed, state))
+
+
+# --- the Triton kernel, interpreted ---------------------------------------------------------------------------------
+
+# Reads pickled (weight, config, shift) and answers with the pickled result; `shift` misaligns packed and out by bytes.
+INTERPRETER = """
+import pickle, sys
+import torch
+from lightning_qlora.kernels import nf4
+answers, sys.stdout = sys.stdout.buffer, sys.stderr
+while True:
+    weight, config, (shift_packed, shift_out) = pickle.load(sys.stdin.buffer)
+    packed, shape, dtype = (weight.pop(name) for name in ("packed", "shape", "dtype"))
+    # A buffer of known alignment, 64 bytes of 0xEE and the packed bytes after them.
+    size = packed.numel() * packed.element_size()
+    buffer = torch.full((size + 128,), 0xEE, dtype=torch.uint8)
+    first = 64 - buffer.data_ptr() % 64 + shift_packed
+    buffer[first : first + size] = packed.view(-1).view(torch.uint8)
+    numel = torch.Size(shape).numel()
+    canvas = torch.full((numel + 128,), 7.0, dtype=dtype)
+    skip = (64 - canvas.data_ptr() % 64) // dtype.itemsize + shift_out
+    out = canvas[skip : skip + numel].view(shape)
+    nf4._launch(buffer[first : first + size], out=out, config=nf4.LaunchConfig(*config), **weight)
+    untouched = bool((canvas[:skip] == 7).all() and (canvas[skip + numel :] == 7).all())
+    pickle.dump((out.clone(), untouched), answers)
+    answers.flush()
+"""
+Interpret = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def interpret() -> Iterator[Interpret]:
+    """Run the kernel on CPU tensors in a child process with Triton's interpreter."""
+    pytest.importorskip("triton")
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", INTERPRETER],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    stdin, stdout = child.stdin, child.stdout
+
+    def run(weight: Weight, config: tuple[int, int] = (32, 2), shift: tuple[int, int] = (0, 0)) -> Tensor:
+        pickle.dump((weight, config, shift), stdin)
+        stdin.flush()
+        out, untouched = pickle.load(stdout)
+        assert untouched, "the kernel wrote outside of out"
+        result: Tensor = out
+        return result
+
+    yield run
+    child.kill()
+    child.wait()
+
+
+@given(
+    weight=weights,
+    config=st.sampled_from(((32, 1), (32, 2), (64, 2), (128, 4))),
+    shift=st.sampled_from(((0, 0), (0, 0), (1, 0), (4, 0), (0, 1), (3, 5))),
+)
+@settings(relaxed, max_examples=40)
+def test_interpreted_kernel_equals_numpy(
+    interpret: Interpret, weight: Weight, config: tuple[int, int], shift: tuple[int, int]
+) -> None:
+    np.testing.assert_array_equal(as_numpy(interpret(weight, config, shift)), numpy_dequantize(weight))
+
+
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
+def test_interpreted_kernel_over_several_tiles_and_groups(interpret: Interpret, dtype: torch.dtype) -> None:
+    """Three whole tiles and a tail, each tile across several groups of the nested scales."""
+    weight = make_weight((3 * 512 + 77,), dtype, blocksize=32, nested_blocksize=4)
+    assert torch.equal(interpret(weight), nf4.dequantize_4bit_reference(**weight))
+
+
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
+def test_interpreted_kernel_keeps_nan_and_infinity(interpret: Interpret, dtype: torch.dtype) -> None:
+    weight = make_weight((1024,), dtype, nested=False)
+    weight["absmax"][0], weight["absmax"][1] = math.nan, math.inf
+    result = interpret(weight)
+    torch.testing.assert_close(result, nf4.dequantize_4bit_reference(**weight), rtol=0, atol=0, equal_nan=True)
+    assert result[:64].isnan().all()
+
+
+# --- as a torch op --------------------------------------------------------------------------------------------------
+
+
+def op_arguments(weight: Weight) -> tuple[Any, ...]:
+    names = ("packed", "absmax", "code2", "absmax2", "offset", "shape", "dtype", "blocksize", "nested_blocksize")
+    return (*(weight[name] for name in names), weight["quant_type"])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_opcheck(nested: bool) -> None:
+    arguments = op_arguments(make_weight((8, 96), nested=nested))
+    torch.library.opcheck(torch.ops.lightning_qlora.dequantize_4bit.default, arguments)
+    out = torch.empty(8, 96, dtype=torch.float16)
+    torch.library.opcheck(torch.ops.lightning_qlora.dequantize_4bit.out, arguments, {"out": out})
+
+
+def test_compiles_to_one_graph_with_dynamic_shapes() -> None:
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def linear(x: Tensor, weight: Weight, rows: int, columns: int) -> Tensor:
+        return x @ nf4.dequantize_4bit(**(weight | {"shape": (rows, columns)})).t()
+
+    # Sizes that share nothing, and more than one entry of absmax2: a size of 1 is a case of its own to the compiler.
+    for rows, columns, seed in ((320, 192, 0), (448, 704, 1), (832, 576, 2)):
+        weight = make_weight((rows, columns), torch.float32, seed=seed)
+        x = torch.randn(5 + seed, columns)
+        expected = x @ nf4.dequantize_4bit_reference(**weight).t()
+        torch.testing.assert_close(linear(x, weight, rows, columns), expected, rtol=0, atol=0)
+    assert graphs == 1
+
+
+def test_compiles_with_inductor_and_out() -> None:
+    weight = make_weight((96, 128), torch.float32)
+    out = torch.empty(96, 128)
+
+    @torch.compile(fullgraph=True)
+    def into(out: Tensor) -> Tensor:
+        return nf4.dequantize_4bit(**weight, out=out) * 2
+
+    expected = nf4.dequantize_4bit_reference(**weight)
+    assert torch.equal(into(out), expected * 2)
+    assert torch.equal(out, expected)
+
+
+def test_fake_tensors_give_the_shape_without_data() -> None:
+    weight = make_weight((48, 96), torch.bfloat16)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = weight | {"packed": mode.from_tensor(weight["packed"])}
+        result = nf4.dequantize_4bit(**fake)
+    assert isinstance(result, torch._subclasses.FakeTensor)
+    assert (result.shape, result.dtype) == ((48, 96), torch.bfloat16)
+
+
+def test_dispatcher_is_skipped_only_when_nothing_intercepts() -> None:
+    plain = torch.zeros(4)
+    assert nf4._nothing_intercepts(plain)
+    assert nf4._nothing_intercepts(torch.nn.Parameter(plain))
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert not nf4._nothing_intercepts(plain)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(plain)
+    assert not nf4._nothing_intercepts(fake)
+
+
+def test_works_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # makes `import triton` raise ImportError
+import torch
+from lightning_qlora.kernels import nf4
+packed, absmax = torch.arange(256, dtype=torch.uint8), torch.ones(8)
+weight = nf4.dequantize_4bit(packed, absmax, None, None, None, shape=(512,), dtype=torch.float32)
+table = torch.tensor(nf4.TABLES["nf4"])
+assert nf4.triton is None
+assert torch.equal(weight.view(16, 16, 2)[..., 0], table[:, None].expand(16, 16))
+assert torch.equal(weight.view(16, 16, 2)[..., 1], table[None, :].expand(16, 16))
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_type": "int4"}, "quant_type must be one of nf4, fp4"),
+        ({"blocksize": 96}, "blocksize must be one of"),
+        ({"blocksize": 32}, "absmax has 24 entries, but 1536 elements in blocks of 32 need 48"),
+        ({"nested_blocksize": 0}, "nested_blocksize must be positive"),
+        ({"nested_blocksize": 8}, "code2, absmax2, offset have 256, 1, 1 entries.*need 256, 3, 1"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+        ({"shape": (16, 97)}, "packed has 768 bytes, but 1552 elements of 4 bits need 776"),
+        ({"shape": (16, 92)}, "absmax has 24 entries, but 1472 elements in blocks of 64 need 23"),
+        ({"packed": torch.zeros(2, 768, dtype=torch.uint8).t()}, "packed must be contiguous"),
+        ({"absmax": torch.zeros(24)}, "absmax must be uint8 with code2"),
+        ({"code2": None}, "go together"),
+        ({"code2": None, "absmax2": None, "offset": None}, "absmax must be float32 without code2"),
+        ({"code2": torch.zeros(255)}, "have 255, 1, 1 entries"),
+        ({"offset": torch.zeros(2)}, "have 256, 1, 2 entries"),
+        ({"absmax2": torch.zeros(1, dtype=torch.float16)}, "must be float32.*float16"),
+        ({"absmax": torch.zeros(48, dtype=torch.uint8)[::2]}, "absmax, code2 and absmax2 must be contiguous"),
+        ({"out": torch.zeros(16, 96)}, "out must be torch.float16"),
+        ({"out": torch.zeros(96, 16, dtype=torch.float16)}, r"out must be torch.float16 \(16, 96\)"),
+        ({"out": torch.zeros(96, 16, dtype=torch.float16).t()}, "out must be contiguous"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    weight = make_weight((16, 96))
+    nf4.dequantize_4bit(**weight)  # right before the change
+    with pytest.raises(ValueError, match=message):
+        nf4.dequantize_4bit(**(weight | change))
+
+
+def test_quant_state_of_another_weight_is_refused() -> None:
+    packed, state = bnb.quantize_4bit(torch.randn(16, 64), quant_type="nf4", blocksize=64)
+    _, other = bnb.quantize_4bit(torch.randn(16, 128), quant_type="nf4", blocksize=64)
+    with pytest.raises(ValueError, match="belong to another weight"):
+        nf4.dequantize_quant_state(packed, other)
+    with pytest.raises(ValueError, match="not quantized yet"):
+        nf4.dequantize_quant_state(packed, None)
+    assert nf4.dequantize_quant_state(packed, state).shape == (16, 64)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def to_device(weight: Weight, device: str = "cuda") -> Weight:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in weight.items()}
+
+
+def bnb_dequantize(weight: Weight) -> Tensor:
+    """Run bitsandbytes' own three kernels."""
+    absmax = weight["absmax"]
+    if weight["code2"] is not None:
+        absmax = bnb.dequantize_blockwise(
+            absmax, absmax=weight["absmax2"], code=weight["code2"], blocksize=weight["nested_blocksize"]
+        )
+        absmax += weight["offset"]
+    state = bnb.QuantState(
+        absmax,
+        shape=torch.Size(weight["shape"]),
+        dtype=weight["dtype"],
+        blocksize=weight["blocksize"],
+        quant_type=weight["quant_type"],
+    )
+    result: Tensor = bnb.dequantize_4bit(weight["packed"], state)
+    return result
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    integers = torch.int32 if left.dtype is torch.float32 else torch.int16
+    assert torch.equal(left.view(integers), right.view(integers))
+
+
+class TestGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", nf4.DTYPES)
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    @pytest.mark.parametrize("nested", [True, False])
+    @pytest.mark.parametrize("shape", [(2048, 4096), (4097, 64), (1000, 1001)])
+    def test_same_bits_as_bitsandbytes(
+        self, dtype: torch.dtype, quant_type: str, nested: bool, shape: tuple[int, ...]
+    ) -> None:
+        for blocksize in nf4.BLOCKSIZES:
+            weight = to_device(make_weight(shape, dtype, blocksize, quant_type=quant_type, nested=nested))
+            assert_same_bits(nf4.dequantize_4bit(**weight), bnb_dequantize(weight))
+
+    @given(weights)
+    @settings(relaxed, max_examples=60)
+    def test_equals_numpy(self, weight: Weight) -> None:
+        np.testing.assert_array_equal(
+            as_numpy(nf4.dequantize_4bit(**to_device(weight)).cpu()), numpy_dequantize(weight)
+        )
+
+    @pytest.mark.parametrize("dtype", nf4.DTYPES)
+    def test_assembly_and_plain_triton_give_the_same_bits(self, dtype: torch.dtype) -> None:
+        weight = to_device(make_weight((1024, 1027), dtype))
+        results = []
+        for ptx in (True, False):
+            out = torch.empty(weight["shape"], dtype=dtype, device="cuda")
+            arguments = {name: value for name, value in weight.items() if name not in ("shape", "dtype")}
+            nf4._launch(**arguments, out=out, config=nf4.LaunchConfig(ptx=ptx))
+            results.append(out)
+        assert_same_bits(*results)
+
+    def test_misaligned_buffers(self) -> None:
+        weight = to_device(make_weight((128, 96)))
+        expected = nf4.dequantize_4bit(**weight)
+        for shift_packed, shift_out in ((1, 0), (0, 1), (4, 8), (3, 5)):
+            packed = torch.cat((weight["packed"].new_zeros(shift_packed), weight["packed"].flatten()))[shift_packed:]
+            out = torch.empty(128 * 96 + shift_out, dtype=torch.float16, device="cuda")[shift_out:].view(128, 96)
+            assert torch.equal(nf4.dequantize_4bit(**(weight | {"packed": packed}), out=out), expected)
+
+    def test_current_stream_is_used(self) -> None:
+        weight = to_device(make_weight((4096, 4096)))
+        expected = nf4.dequantize_4bit(**weight)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        packed = weight["packed"].clone()
+        weight["packed"] = torch.zeros_like(packed)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # on another stream the kernel would run now, before the copy
+            weight["packed"].copy_(packed)
+            result = nf4.dequantize_4bit(**weight)
+        torch.cuda.synchronize()
+        assert torch.equal(result, expected)
+
+    def test_only_the_output_is_allocated(self) -> None:
+        weight = to_device(make_weight((4096, 4096)))
+        nf4.dequantize_4bit(**weight)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = nf4.dequantize_4bit(**weight)
+        assert torch.cuda.max_memory_allocated() - before == result.numel() * 2
+
+    def test_compiled_graph(self) -> None:
+        weight = to_device(make_weight((512, 640)))
+        x = torch.randn(3, 640, dtype=torch.float16, device="cuda")
+
+        @torch.compile(fullgraph=True)
+        def linear(x: Tensor) -> Tensor:
+            return x @ nf4.dequantize_4bit(**weight).t()
+
+        torch.testing.assert_close(linear(x), x @ nf4.dequantize_4bit_reference(**weight).t())
+
+    def test_cuda_graph_replays(self) -> None:
+        weight = to_device(make_weight((512, 640)))
+        expected = nf4.dequantize_4bit(**weight)  # compiles, which a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = nf4.dequantize_4bit(**weight)
+        result.zero_()
+        graph.replay()
+        assert torch.equal(result, expected)
+
+    def test_beyond_two_to_the_31_elements(self) -> None:
+        if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+            pytest.skip("needs 12 GiB of free GPU memory")
+        numel = 2**31 + 4096 + 6
+        packed = torch.randint(0, 256, (numel // 2,), dtype=torch.uint8, device="cuda")
+        absmax = torch.rand(-(-numel // 64), device="cuda")
+        weight = nf4.dequantize_4bit(packed, absmax, None, None, None, shape=(numel,), dtype=torch.bfloat16)
+        for start in (0, 2**30, 2**31 - 64, 2**31, numel // 64 * 64):  # around every place an int32 could wrap
+            stop = min(start + 128, numel)
+            part = nf4.dequantize_4bit_reference(
+                *(packed[start // 2 : (stop + 1) // 2], absmax[start // 64 : -(-stop // 64)], None, None, None),
+                shape=(stop - start,),
+                dtype=torch.bfloat16,
+            )
+            assert torch.equal(weight[start:stop], part)
+
+
+class TestTwoGPUs:
+    pytestmark = needs_two_gpus
+
+    def test_device_of_the_tensors_is_used(self) -> None:
+        weight = make_weight((256, 96))
+        expected = nf4.dequantize_4bit(**weight)
+        assert torch.cuda.current_device() == 0
+        result = nf4.dequantize_4bit(**to_device(weight, "cuda:1"))
+        assert result.device == torch.device("cuda:1")
+        assert torch.equal(result.cpu(), expected)
+        with pytest.raises(ValueError, match="must be on one device"):
+            nf4.dequantize_4bit(**(to_device(weight, "cuda:1") | {"absmax": weight["absmax"].to("cuda:0")}))
