@@ -162,7 +162,8 @@ if triton is not None:
         PTX: tl.constexpr,
     ):  # fmt: skip
         """Load the float32 scales of the elements ``start + element``, with ``start`` a multiple of TILE."""
-        block = ((start % BLOCKSIZE).to(tl.int32) + element) // BLOCKSIZE
+        # Both are powers of two: a tile begins with a block, or lies within one.
+        block = element // BLOCKSIZE
         # The statistics are 1/32 of the bytes read and each serves many threads: keep them in cache.
         absmax = tl.load(absmax_ptr + start // BLOCKSIZE + block, mask=mask, eviction_policy="evict_last")
         if NESTED:

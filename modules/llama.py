@@ -63,8 +63,8 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
     for option, is_set in unsupported.items():
         if is_set:
             raise ValueError(
-                f"LoraConfig({option}={getattr(lora, option)!r}) is not supported here: it trains or reads more than the "
-                "adapters beside a frozen 4-bit base. Leave it at its default."
+                f"LoraConfig({option}={getattr(lora, option)!r}) is not supported here: it trains or reads more than "
+                "the adapters beside a frozen 4-bit base. Leave it at its default."
             )
     return lora
 
@@ -157,8 +157,8 @@ def load_config(directory: str | Path) -> LlamaConfig:
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if raw.get("model_type") != "llama" or "LlamaForCausalLM" not in architectures:
         raise ValueError(
-            f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}); these recipes finetune Llama "
-            "causal language models (model_type 'llama', LlamaForCausalLM), e.g. Llama 2/3, SmolLM, TinyLlama."
+            f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}); these recipes finetune "
+            "Llama causal language models (model_type 'llama', LlamaForCausalLM), e.g. Llama 2/3, SmolLM, TinyLlama."
         )
     config: LlamaConfig = LlamaConfig.from_pretrained(directory)
     if hasattr(config, "quantization_config"):
@@ -312,6 +312,6 @@ class BaseIdentity:
         ]
         if differing:
             raise ValueError(
-                f"{source} was made with another model or LoRA shape: {'; '.join(differing)}. Resume with the same --model, "
-                "--lora_r and --lora_alpha, or start in a new --output_dir."
+                f"{source} was made with another model or LoRA shape: {'; '.join(differing)}. Resume with the same "
+                "--model, --lora_r and --lora_alpha, or start in a new --output_dir."
             )

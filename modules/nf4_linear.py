@@ -219,8 +219,8 @@ class NF4Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own __init__ would allocate the dense weight
         if in_features % (2 * _BYTES):
             raise ValueError(
-                f"in_features={in_features} is not a multiple of {2 * _BYTES}, so a row of 4-bit values does not fill {STORAGE_DTYPE} "
-                "elements. Leave this layer unquantized."
+                f"in_features={in_features} is not a multiple of {2 * _BYTES}, so a row of 4-bit values does not "
+                f"fill {STORAGE_DTYPE} elements. Leave this layer unquantized."
             )
         self.in_features, self.out_features = in_features, out_features
         self.nested, self.blocksize, self.nested_blocksize = nested, blocksize, nested_blocksize
@@ -310,8 +310,8 @@ class NF4Linear(nn.Linear):
         """x [..., K] -> [..., N] in the dtype of x (under autocast: autocast's dtype)."""
         if self.weight.dtype != STORAGE_DTYPE:
             raise ValueError(
-                f"The packed 4-bit weight arrived as {self.weight.dtype}: its bytes were converted as if they were numbers, "
-                "probably by fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=...)). Use param_dtype=None."
+                f"The packed 4-bit weight arrived as {self.weight.dtype}: its bytes were converted as if they were "
+                "numbers, probably by fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=...)). Use param_dtype=None."
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -406,7 +406,7 @@ def check_mixed_precision_policy(module: nn.Module, policy: MixedPrecisionPolicy
     for name, child in module.named_modules():
         if isinstance(child, NF4Linear):
             raise ValueError(
-                f"MixedPrecisionPolicy(param_dtype={policy.param_dtype}) would convert the packed 4-bit bytes of {name!r} "
-                "when gathering them. Use param_dtype=None: the compute dtype comes from autocast (Trainer precision), "
+                f"MixedPrecisionPolicy(param_dtype={policy.param_dtype}) would convert the packed 4-bit bytes of "
+                f"{name!r} when gathering them. Use param_dtype=None: the compute dtype comes from autocast (Trainer precision), "
                 "and only 4-bit bytes travel either way."
             )

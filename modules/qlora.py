@@ -139,13 +139,13 @@ class QLoRALlama(L.LightningModule):
     # --- training ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout a function of (seed, micro-batch, rank), so that a resumed run draws what the first would have."""
+        """Make dropout a function of (seed, micro-batch, rank), so that a resumed run repeats the first one's."""
         if self.lora.lora_dropout > 0:
             micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
             torch.manual_seed(((self.seed * 1_000_003 + micro_batch) * 4_099 + self.global_rank) % 2**63)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The micro-batch's loss sum over a constant; :meth:`on_before_optimizer_step` turns the gradients into a mean's."""
+        """The micro-batch's loss sum over a constant; :meth:`on_before_optimizer_step` makes it the mean's."""
         loss = self._loss_sum(batch)
         self._pending.append((loss.detach(), batch["num_loss_tokens"]))
         return loss / LOSS_DIVISOR

@@ -112,7 +112,7 @@ class SafetensorsCheckpoint:
         return flat[start - start // width * width :][: stop - start]
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell this model's weights from another's: the headers and the first mebibyte of each file."""
+        """16 hex digits that tell this model's weights from another's: the first mebibyte of each file."""
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:

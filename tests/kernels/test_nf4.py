@@ -93,13 +93,15 @@ def numpy_dequantize(weight: Weight) -> np.ndarray:
         absmax = np.add(np.multiply(weight["code2"].numpy()[absmax], scale2), weight["offset"].numpy())
     table = bnb.get_4bit_type(weight["quant_type"], device="cpu").numpy()
     assert table.dtype == absmax.dtype == np.float32
-    values = (table[codes[:numel]] * absmax[element // blocksize]).reshape(weight["shape"])
+    values: np.ndarray = (table[codes[:numel]] * absmax[element // blocksize]).reshape(weight["shape"])
     if weight["dtype"] is torch.bfloat16:
         bits = values.view(np.uint32).astype(np.uint64)
         below, kept = bits % 0x10000, bits // 0x10000
         kept += (below > 0x8000) | ((below == 0x8000) & (kept % 2 == 1))
-        return (kept * 0x10000).astype(np.uint32).view(np.float32)
-    return values.astype(np.float16 if weight["dtype"] is torch.float16 else np.float32)
+        values = (kept * 0x10000).astype(np.uint32).view(np.float32)
+    elif weight["dtype"] is torch.float16:
+        values = values.astype(np.float16)
+    return values
 
 
 def as_numpy(weight: Tensor) -> np.ndarray:
@@ -171,7 +173,7 @@ def test_error_of_the_result_is_one_rounding_of_the_exact_value() -> None:
 
 
 def test_fused_multiply_add_would_show() -> None:
-    """The weights of these tests tell two roundings of the nested scale from one: else they could not see a fused add."""
+    """The weights of these tests tell two roundings of the nested scale from one, or they could not see a fused add."""
     weight = make_weight((4096, 64), torch.float16)
     scale2 = weight["absmax2"].repeat_interleave(256)[: weight["absmax"].numel()]
     fused = (weight["code2"][weight["absmax"].int()].double() * scale2.double() + weight["offset"].double()).float()
@@ -278,11 +280,26 @@ def test_interpreted_kernel_equals_numpy(
     np.testing.assert_array_equal(as_numpy(interpret(weight, config, shift)), numpy_dequantize(weight))
 
 
-@pytest.mark.parametrize("dtype", nf4.DTYPES)
-def test_interpreted_kernel_over_several_tiles_and_groups(interpret: Interpret, dtype: torch.dtype) -> None:
-    """Three whole tiles and a tail, each tile across several groups of the nested scales."""
-    weight = make_weight((3 * 512 + 77,), dtype, blocksize=32, nested_blocksize=4)
-    assert torch.equal(interpret(weight), nf4.dequantize_4bit_reference(**weight))
+@pytest.mark.parametrize("numel", [511, 512, 513, 1023, 3 * 512 - 7, 3 * 512 + 77])
+def test_interpreted_kernel_at_the_end_of_a_tile(interpret: Interpret, numel: int) -> None:
+    weight = make_weight((numel,))
+    assert torch.equal(interpret(weight, (32, 2)), nf4.dequantize_4bit_reference(**weight))
+
+
+@pytest.mark.parametrize("nested_blocksize", [1, 4, 7, 12, 256])
+def test_interpreted_kernel_across_nested_groups(interpret: Interpret, nested_blocksize: int) -> None:
+    """Tiles of 512 elements that hold several groups of nested scales, begin inside one, or lie within one."""
+    weight = make_weight((7 * 512 + 77,), blocksize=32, nested_blocksize=nested_blocksize)
+    assert torch.equal(interpret(weight, (32, 2)), nf4.dequantize_4bit_reference(**weight))
+
+
+def test_interpreted_kernel_rounds_ties_to_even(interpret: Interpret) -> None:
+    """Code 15 is 1.0: the weight is absmax itself, here halfway between two bfloat16 numbers."""
+    weight = make_weight((512,), torch.bfloat16, nested=False)
+    weight["packed"].fill_(0xFF)
+    weight["absmax"] = 1 + 2.0**-8 * torch.arange(1, 16, 2)
+    expected = 1 + 2.0**-7 * torch.tensor([0, 2, 2, 4, 4, 6, 6, 8])
+    assert torch.equal(interpret(weight)[::64].float(), expected)
 
 
 @pytest.mark.parametrize("dtype", nf4.DTYPES)
@@ -316,7 +333,8 @@ def test_compiles_to_one_graph_with_dynamic_shapes() -> None:
     def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        return module.forward
+        forward: Callable[..., Any] = module.forward
+        return forward
 
     @torch.compile(fullgraph=True, dynamic=True, backend=count)
     def linear(x: Tensor, weight: Weight, rows: int, columns: int) -> Tensor:

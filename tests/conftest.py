@@ -1,0 +1,141 @@
+"""A tiny Llama in every form that a checkpoint comes in, and chat data for it. Nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports below, which read it once
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB_SIZE = 300
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """Byte-level BPE, ChatML, end of turn ``<|im_end|>`` and padding ``<|endoftext|>``."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["user assistant what is the name of a thing"] * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.save_pretrained(directory)
+
+
+def _save_llama(directory: Path, seed: int = 0, tied: bool = False) -> Path:
+    """Random bf16 weights. Blocks of 64 cross the rows of down_proj [64, 160]; norms are not one, so that they matter."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    _save_tokenizer(directory)
+    return directory
+
+
+def _save_4bit(source: Path, directory: Path, **options: object) -> Path:
+    """What transformers and bitsandbytes make of ``source``, as 4-bit checkpoints on the hub are made."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **options})
+    model = LlamaForCausalLM.from_pretrained(source, quantization_config=quantization, device_map="cpu")
+    model.save_pretrained(directory)
+    _save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dirs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """16-bit checkpoints: ``untied``, ``tied``, and ``other``, of the same shape as ``untied`` but other weights."""
+    root = tmp_path_factory.mktemp("llama")
+    return MappingProxyType(
+        {
+            "untied": _save_llama(root / "untied"),
+            "tied": _save_llama(root / "tied", tied=True),
+            "other": _save_llama(root / "other", seed=1),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tiny_llama_dirs: Mapping[str, Path]) -> Path:
+    """A Llama of 2 layers, hidden size 64 and 300 tokens with its tokenizer, bf16, embeddings not tied. Read only."""
+    return tiny_llama_dirs["untied"]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_4bit_dirs(tiny_llama_dirs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """``tiny_llama_dir`` as bitsandbytes 4-bit checkpoints.
+
+    ``nested`` (NF4, double quantization), ``plain`` (float32 absmax), ``bf16-storage`` (packed bytes as bfloat16, as
+    checkpoints for FSDP are), ``fp4``, ``partial`` (one projection left in 16 bit), ``tied`` (of the tied model).
+    """
+    root = tmp_path_factory.mktemp("llama-4bit")
+    double = {"bnb_4bit_use_double_quant": True}
+    skipped = ["lm_head", "model.layers.1.mlp.down_proj"]
+    variants: dict[str, tuple[str, dict[str, object]]] = {
+        "nested": ("untied", double),
+        "plain": ("untied", {}),
+        "bf16-storage": ("untied", {**double, "bnb_4bit_quant_storage": torch.bfloat16}),
+        "fp4": ("untied", {**double, "bnb_4bit_quant_type": "fp4"}),
+        "partial": ("untied", {**double, "llm_int8_skip_modules": skipped}),
+        "tied": ("tied", double),
+    }
+    return MappingProxyType(
+        {name: _save_4bit(tiny_llama_dirs[source], root / name, **options) for name, (source, options) in variants.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_4bit_dir(tiny_llama_4bit_dirs: Mapping[str, Path]) -> Path:
+    """``tiny_llama_dir`` in NF4 with double quantization, as checkpoints on the hub are. Read only."""
+    return tiny_llama_4bit_dirs["nested"]
+
+
+@pytest.fixture
+def write_chats(tmp_path: Path) -> Callable[..., Path]:
+    """``write_chats(count=8, name="chats.jsonl")`` writes that many chats of growing length and returns the file."""
+
+    def write(count: int = 8, name: str = "chats.jsonl") -> Path:
+        path = tmp_path / name
+        rows = [
+            [
+                {"role": "user", "content": f"what is thing {i}?"},
+                {"role": "assistant", "content": "a " * (1 + 3 * i % 17) + f"name {i}"},
+            ]
+            for i in range(count)
+        ]
+        path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,293 @@
+"""The 4-bit linear layer against bitsandbytes' own weights, and what becomes of its bytes.
+
+Shapes: T tokens, N out_features, K in_features.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from itertools import product
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from lightning_qlora.modules.nf4_linear import (
+    NF4Linear,
+    Quantized4bit,
+    check_mixed_precision_policy,
+    copy_local_rows,
+    local_rows,
+    quantize_linears,
+)
+
+
+def make_layer(n: int, k: int, bias: bool = False, seed: int = 0, **quantization: object) -> NF4Linear:
+    torch.manual_seed(seed)
+    return NF4Linear.from_linear(nn.Linear(k, n, bias), **quantization)
+
+
+def stored_bytes(layer: NF4Linear) -> dict[str, Tensor]:
+    tensors = {name: getattr(layer, name) for name in ("weight", "absmax", "code2", "absmax2", "offset")}
+    return {name: t.detach().reshape(-1).view(torch.uint8).clone() for name, t in tensors.items() if t is not None}
+
+
+def fill_with_random_bytes(layer: NF4Linear) -> NF4Linear:
+    """Every byte pattern may occur, among them those that are signalling NaNs as floats."""
+    for parameter in (layer.weight, layer.absmax):
+        parameter.data.view(torch.uint8).random_(0, 256)
+    return layer
+
+
+def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(stored_bytes(layer), expected, rtol=0, atol=0)
+
+
+# --- the product
+
+
+@pytest.mark.parametrize(("dtype", "quant_type"), list(product((torch.float32, torch.bfloat16), ("nf4", "fp4"))))
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 40), eighths=st.integers(1, 30), tokens=st.integers(1, 5), nested=st.booleans())
+def test_equals_a_dense_linear_of_the_weights_that_bitsandbytes_dequantizes(
+    dtype, quant_type, n, eighths, tokens, nested
+):
+    k = 8 * eighths  # 64 rarely divides it: blocks cross rows, and the last one is short
+    torch.manual_seed(n * 1000 + k)
+    linear = nn.Linear(k, n, dtype=dtype)
+    packed, state = bnb.quantize_4bit(linear.weight.data, compress_statistics=nested, quant_type=quant_type)
+    dense = nn.Parameter(bnb.dequantize_4bit(packed, state))
+    layer = NF4Linear.from_linear(linear, nested=nested, quant_type=quant_type)
+    x, grad = torch.randn(2, tokens, k, dtype=dtype), torch.randn(2, tokens, n, dtype=dtype)
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    y, expected = layer(x1), F.linear(x2, dense) + linear.bias
+    y.backward(grad)
+    expected.backward(grad)
+
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    torch.testing.assert_close(x1.grad, x2.grad)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_autocast_decides_the_dtype_of_the_product():
+    layer = make_layer(24, 40)
+    x = torch.randn(3, 40, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    weight = layer.dequantize(torch.bfloat16)
+    torch.testing.assert_close(y, F.linear(x.bfloat16(), weight), rtol=0, atol=0)
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(3, -1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_operators_keep_the_contract_of_torch_library(nested):
+    layer = make_layer(12, 40, nested=nested)
+    state = (layer.weight, layer.absmax, layer.code2, layer.absmax2, layer.offset)
+    ops = torch.ops.lightning_qlora
+    x, grad = torch.randn(2, 3, 40, requires_grad=True), torch.randn(2, 3, 12)
+    torch.library.opcheck(ops.linear_4bit.default, (x, *state, 12, 64, 256, "nf4"))
+    torch.library.opcheck(ops.linear_4bit_input_grad.default, (grad, *state, 40, 64, 256, "nf4"))
+
+
+def largest_saved(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Elements of the largest tensor that autograd keeps between the forward and the backward of ``function(x)``."""
+    sizes = [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = function(x)
+    y.sum().backward()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True], ids=["eager", "static", "dynamic"])
+def test_autograd_keeps_packed_weights_only(dynamic):
+    n, k = 160, 128
+    mlp = nn.Sequential(make_layer(n, k), nn.SiLU(), make_layer(k, n))
+    function: Callable[[Tensor], Tensor] = mlp
+    if dynamic is not None:
+        # This backend partitions the joint graph as the default one does, which is where a visible dequantization of
+        # the backward would be taken for the forward's and its result kept; it needs no C++ compiler.
+        torch._dynamo.reset()
+        function = torch.compile(mlp, fullgraph=True, dynamic=dynamic, backend="aot_eager_decomp_partition")
+    for tokens in (2, 3, 5):
+        x = torch.randn(tokens, k, requires_grad=True)
+        assert largest_saved(function, x) == n * k // 8  # the packed bytes as float32
+        compiled_grad, x.grad = x.grad, None
+        mlp(x).sum().backward()
+        torch.testing.assert_close(compiled_grad, x.grad)
+
+
+def test_the_detector_of_saved_weights_sees_a_dense_one():
+    layer = make_layer(160, 128)
+    x = torch.randn(2, 128, requires_grad=True)
+    assert largest_saved(lambda x: F.linear(x, layer.dequantize()), x) == 160 * 128
+
+
+# --- its bytes
+
+
+CONVERSIONS: dict[str, Callable[[NF4Linear], NF4Linear]] = {
+    "to(bfloat16)": lambda layer: layer.to(torch.bfloat16),
+    "half": lambda layer: layer.half(),
+    "double": lambda layer: layer.double(),
+    "type": lambda layer: layer.type(torch.float16),
+    "inside a model": lambda layer: nn.Sequential(layer, nn.Linear(2, 2)).bfloat16()[0],
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_conversions_leave_the_bytes_alone(conversion, nested):
+    layer = fill_with_random_bytes(make_layer(33, 24, bias=True, nested=nested))
+    expected = stored_bytes(layer)
+    assert_same_bytes(CONVERSIONS[conversion](layer), expected)
+
+
+def test_a_conversion_does_convert_the_bias_and_move_the_layer():
+    layer = make_layer(16, 24, bias=True)
+    assert layer.bfloat16().bias.dtype == torch.bfloat16
+    moved = layer.to("meta", torch.float16)
+    assert {(t.device.type, t.dtype) for t in (moved.weight, moved.absmax, moved.code2)} == {("meta", torch.float32)}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_state_dict_on_disk_restores_the_bytes(nested):
+    layer = fill_with_random_bytes(make_layer(33, 24, nested=nested))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = make_layer(33, 24, nested=nested, seed=1)
+    other.load_state_dict(torch.load(file))
+    assert_same_bytes(other, stored_bytes(layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_weight_whose_bytes_were_converted_is_refused(dtype):
+    layer = make_layer(16, 24)
+    layer.weight.data = layer.weight.data.to(dtype)  # as a mixed-precision policy of FSDP2 does when gathering
+    with pytest.raises(ValueError, match=r"arrived as torch.*Use param_dtype=None"):
+        layer(torch.randn(2, 24))
+
+
+@pytest.mark.parametrize(("nested", "blocksize", "quant_type"), [(True, 64, "nf4"), (False, 128, "nf4"), (True, 64, "fp4")])
+def test_bitsandbytes_reads_the_weights_of_a_layer(nested, blocksize, quant_type):
+    layer = make_layer(130, 160, nested=nested, blocksize=blocksize, quant_type=quant_type)  # 325 blocks: 2 nested ones
+    quantized = layer.quantized()
+    nested_state = None
+    if nested:
+        nested_state = bnb.QuantState(quantized.absmax2, code=quantized.code2, blocksize=256, dtype=torch.float32)
+    state = bnb.QuantState(
+        quantized.absmax, quantized.shape, bnb.get_4bit_type(quant_type, device="cpu"), blocksize, quant_type,
+        torch.float32, quantized.offset, nested_state,
+    )  # fmt: skip
+    dense = bnb.dequantize_4bit(quantized.packed.unsqueeze(1), state)
+    torch.testing.assert_close(layer.dequantize(), dense, rtol=0, atol=0)
+    assert_same_bytes(NF4Linear.from_quantized(quantized), stored_bytes(layer))
+
+
+# --- construction
+
+
+def test_a_row_must_fill_whole_storage_elements():
+    with pytest.raises(ValueError, match=r"in_features=60 is not a multiple of 8.*Leave this layer unquantized"):
+        NF4Linear(60, 16)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"n": 40, "k": 24},
+        {"nested": False},
+        {"blocksize": 128},
+        {"quant_type": "fp4"},
+    ],
+    ids=str,
+)
+def test_weights_of_another_format_are_refused(other):
+    size = (other.pop("n", 24), other.pop("k", 40))
+    with pytest.raises(ValueError, match="does not fit the layer"):
+        make_layer(24, 40).load_quantized(Quantized4bit.quantize(torch.randn(size), **other))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_quantize_linears_replaces_all_but_the_skipped(device):
+    with torch.device(device):
+        model = nn.ModuleDict({"proj": nn.Linear(16, 8), "act": nn.ReLU(), "lm_head": nn.Linear(8, 4, bias=False)})
+        model["block"] = nn.Sequential(nn.Linear(8, 8, bias=False))
+    quantize_linears(model, quant_type="fp4")
+    assert isinstance(model["proj"], NF4Linear)
+    assert isinstance(model["block"][0], NF4Linear)
+    assert type(model["lm_head"]) is nn.Linear
+    assert model["proj"].weight.device.type == device
+    assert model["proj"].quant_type == "fp4"
+    assert (model["proj"].bias is not None, model["block"][0].bias is not None) == (True, False)
+
+
+def test_rows_of_a_plain_tensor_are_all_local():
+    target = torch.zeros(5, 2, dtype=torch.float64)
+    assert local_rows(target) == (0, 5)
+    copy_local_rows(target, torch.arange(10.0).view(5, 2))
+    assert torch.equal(target, torch.arange(10.0, dtype=torch.float64).view(5, 2))
+    scalar = nn.Parameter(torch.zeros(()))
+    copy_local_rows(scalar, torch.tensor(3.0))
+    assert scalar.item() == 3
+
+
+@pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])
+def test_a_policy_that_converts_packed_bytes_is_refused(param_dtype):
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype)
+    model = nn.ModuleDict({"mlp": nn.Sequential(make_layer(8, 16))})
+    with pytest.raises(ValueError, match=r"would convert the packed 4-bit bytes of 'mlp.0'.*param_dtype=None"):
+        check_mixed_precision_policy(model, policy)
+    check_mixed_precision_policy(nn.Linear(16, 8), policy)
+    for harmless in (None, torch.float32):
+        check_mixed_precision_policy(model, MixedPrecisionPolicy(param_dtype=harmless, reduce_dtype=torch.bfloat16))
+
+
+# --- peft
+
+
+def test_peft_adapts_the_layer_as_a_linear_and_in_float32():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = make_layer(16, 24), make_layer(4, 16, seed=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    base = Model().bfloat16()
+    expected = stored_bytes(base.first)
+    x, target = torch.randn(32, 24), torch.randn(32, 4)
+    before = base(x)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["first", "second"]))
+    torch.testing.assert_close(model(x), before)  # LoRA's B starts at zero
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert len(trained) == 4
+    assert all("lora_" in name for name in trained)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.02)
+    losses = []
+    for _ in range(20):
+        loss = F.mse_loss(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert_same_bytes(base.first.base_layer, expected)
