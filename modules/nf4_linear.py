@@ -311,7 +311,8 @@ class NF4Linear(nn.Linear):
         if self.weight.dtype != STORAGE_DTYPE:
             raise ValueError(
                 f"The packed 4-bit weight arrived as {self.weight.dtype}: its bytes were converted as if they were "
-                "numbers, probably by fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=...)). Use param_dtype=None."
+                "numbers, probably by fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=...)). Use "
+                "param_dtype=None."
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -371,7 +372,7 @@ def copy_local_rows(parameter: Tensor, full: Tensor) -> None:
     """Copy this rank's rows of ``full`` (shape of the unsharded parameter) into ``parameter``, dtype converted."""
     start, stop = local_rows(parameter)
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(full[start:stop] if full.ndim else full)
+    local.copy_(full[start:stop])
 
 
 def quantize_linears(module: nn.Module, *, skip: tuple[str, ...] = ("lm_head",), **quantization: Any) -> nn.Module:
@@ -407,6 +408,6 @@ def check_mixed_precision_policy(module: nn.Module, policy: MixedPrecisionPolicy
         if isinstance(child, NF4Linear):
             raise ValueError(
                 f"MixedPrecisionPolicy(param_dtype={policy.param_dtype}) would convert the packed 4-bit bytes of "
-                f"{name!r} when gathering them. Use param_dtype=None: the compute dtype comes from autocast (Trainer precision), "
-                "and only 4-bit bytes travel either way."
+                f"{name!r} when gathering them. Use param_dtype=None: the compute dtype comes from autocast (Trainer "
+                "precision), and only 4-bit bytes travel either way."
             )

@@ -49,6 +49,12 @@ def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close(stored_bytes(layer), expected, rtol=0, atol=0)
 
 
+def bnb_dequantize(packed: Tensor, state: bnb.QuantState) -> Tensor:
+    """bitsandbytes' weight [N, K], read as one row: its CPU kernel (0.50) takes wrong blocks where 64 does not divide K."""
+    shape, state.shape = state.shape, torch.Size([1, state.shape[0] * state.shape[1]])
+    return bnb.dequantize_4bit(packed, state).reshape(shape)
+
+
 # --- the product
 
 
@@ -62,7 +68,7 @@ def test_equals_a_dense_linear_of_the_weights_that_bitsandbytes_dequantizes(
     torch.manual_seed(n * 1000 + k)
     linear = nn.Linear(k, n, dtype=dtype)
     packed, state = bnb.quantize_4bit(linear.weight.data, compress_statistics=nested, quant_type=quant_type)
-    dense = nn.Parameter(bnb.dequantize_4bit(packed, state))
+    dense = nn.Parameter(bnb_dequantize(packed, state))
     layer = NF4Linear.from_linear(linear, nested=nested, quant_type=quant_type)
     x, grad = torch.randn(2, tokens, k, dtype=dtype), torch.randn(2, tokens, n, dtype=dtype)
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -191,10 +197,10 @@ def test_bitsandbytes_reads_the_weights_of_a_layer(nested, blocksize, quant_type
     if nested:
         nested_state = bnb.QuantState(quantized.absmax2, code=quantized.code2, blocksize=256, dtype=torch.float32)
     state = bnb.QuantState(
-        quantized.absmax, quantized.shape, bnb.get_4bit_type(quant_type, device="cpu"), blocksize, quant_type,
+        quantized.absmax, torch.Size(quantized.shape), bnb.get_4bit_type(quant_type, device="cpu"), blocksize, quant_type,
         torch.float32, quantized.offset, nested_state,
     )  # fmt: skip
-    dense = bnb.dequantize_4bit(quantized.packed.unsqueeze(1), state)
+    dense = bnb_dequantize(quantized.packed.unsqueeze(1), state)
     torch.testing.assert_close(layer.dequantize(), dense, rtol=0, atol=0)
     assert_same_bytes(NF4Linear.from_quantized(quantized), stored_bytes(layer))
 
@@ -242,9 +248,6 @@ def test_rows_of_a_plain_tensor_are_all_local():
     assert local_rows(target) == (0, 5)
     copy_local_rows(target, torch.arange(10.0).view(5, 2))
     assert torch.equal(target, torch.arange(10.0, dtype=torch.float64).view(5, 2))
-    scalar = nn.Parameter(torch.zeros(()))
-    copy_local_rows(scalar, torch.tensor(3.0))
-    assert scalar.item() == 3
 
 
 @pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])

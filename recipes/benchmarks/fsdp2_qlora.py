@@ -1,0 +1,92 @@
+"""Run the main recipe in every precision on one and on two devices, and record losses, speed and memory.
+
+    python recipes/benchmarks/fsdp2_qlora.py --steps 20
+
+Needs two GPUs, or runs on CPU processes. Every run sees the same global batches, so the losses can be compared step by
+step: against float32 on one device. Results go to ``results/fsdp2_qlora.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, ROOT, save_record
+
+COLUMNS = [
+    "devices",
+    "precision",
+    "first loss",
+    "last loss",
+    "largest difference from fp32, 1 device",
+    "tokens/s",
+    "step p50, ms",
+    "peak memory per rank, GiB",
+]
+
+
+def run(devices: int, precision: str, steps: int, batch: int, directory: Path, extra: list[str]) -> dict[str, Any]:
+    """One run of the recipe with ``batch`` samples a step over all devices; returns its report."""
+    output = directory / f"{devices}-{precision}"
+    command = [sys.executable, str(ROOT / "recipes" / "fsdp2_qlora.py"), "--output_dir", str(output)]
+    command += ["--devices", str(devices), "--precision", precision, "--max_steps", str(steps)]
+    command += ["--batch_size", str(batch // devices), "--save_every", str(steps), *extra]
+    subprocess.run(command, check=True)
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return report
+
+
+def main() -> None:
+    """Run, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8, help="samples of one step over all devices")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default=None)
+    arguments, extra = parser.parse_known_args()
+    gpus = torch.cuda.device_count()
+    precisions = ["32-true", "16-mixed", "bf16-mixed"] if gpus else ["32-true"]
+    reports = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for precision in precisions:
+            for devices in (1, 2):
+                if not gpus or devices <= gpus:
+                    reports[devices, precision] = run(
+                        devices, precision, arguments.steps, arguments.batch, Path(directory), extra
+                    )
+    reference = reports[1, "32-true"]["losses"]
+    rows = []
+    for (devices, precision), report in reports.items():
+        losses = report["losses"]
+        rows.append(
+            [
+                devices,
+                precision,
+                losses[0],
+                losses[-1],
+                max(abs(a - b) for a, b in zip(losses, reference, strict=True)),
+                report["tokens_per_s"],
+                report["step_time_s"]["p50"] * 1000,
+                ", ".join(f"{gib:.2f}" for gib in report["peak_memory_gib"]),
+            ]
+        )
+    path = save_record(
+        "fsdp2_qlora",
+        COLUMNS,
+        rows,
+        notes=f"SmolLM2-135M-Instruct, r 64, {arguments.batch} samples a step, {arguments.steps} steps.",
+        directory=arguments.results,
+        commit=arguments.commit,
+        losses={f"{devices}x {precision}": report["losses"] for (devices, precision), report in reports.items()},
+    )
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
