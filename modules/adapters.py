@@ -80,7 +80,7 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
     """Read an adapter's tensors after checking that it was made with the rank and alpha of ``lora``.
 
     Raises:
-        ValueError: If there is no adapter, it is damaged, or r or alpha differ.
+        ValueError: If there is no adapter, it is damaged, or its r or alpha differ, in all layers or in some.
     """
     directory = Path(directory)
     for name in ("adapter_config.json", WEIGHTS_NAME):
@@ -91,7 +91,7 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
-    for option in ("r", "lora_alpha", "use_rslora"):
+    for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, mine = getattr(config, option, None), getattr(lora, option)
         if theirs != mine:
             raise ValueError(

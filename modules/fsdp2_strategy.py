@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -82,7 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Start the process group: data parallel over all processes of all nodes, unlike Lightning's default mesh."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
-        if self.root_device.type == "cuda":
+        if self.root_device.type == "cuda" and self.cpu_offload:
             # Offloaded parameters are reduced (gradient norm, checkpoints) where they rest, on the CPU.
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         plugin = self.precision_plugin
@@ -92,6 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.local_rank > 0 and not self.cluster_environment.creates_processes_externally:
             _exit_with_parent()
         super().setup_environment()
+        atexit.register(_end_process_group)
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -245,6 +247,13 @@ def _is_sharded(parameter: torch.Tensor, world_size: int) -> bool:
         and parameter.device_mesh.size() == world_size
         and any(placement.is_shard() for placement in parameter.placements)
     )
+
+
+def _end_process_group() -> None:
+    # Not in teardown(): what was trained can still be gathered and saved after fit() has returned.
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def _exit_with_parent() -> None:

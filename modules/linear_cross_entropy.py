@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 LOGITS_BUDGET_BYTES = 128 * 2**20
 
 #: Gradients of a chunk are computed before the loss scale of mixed precision is known. In float16 they are carried
-#: multiplied by this power of two (an exact factor), which keeps probabilities down to 6e-11 from vanishing.
+#: multiplied by this power of two (an exact factor), which keeps probabilities down to 6e-11 from vanishing. A trained
+#: weight's gradient sums over the chunk's tokens and would overflow: the factor is then divided by their number.
 FP16_GRADIENT_SCALE = 1024.0
 
 
@@ -37,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk_tokens: int
     ) -> Tensor:
         hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
-        scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
+        scale = _gradient_scale(hidden, chunk_tokens if weight_needs_grad else 1)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if hidden_needs_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
@@ -73,6 +74,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None
 
 
+def _gradient_scale(hidden: Tensor, summed_tokens: int) -> float:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype != torch.float16:
+        return 1.0
+    return FP16_GRADIENT_SCALE / 2 ** math.ceil(math.log2(summed_tokens))
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -99,8 +108,10 @@ def linear_cross_entropy(
         The loss, float32, 0-dim.
 
     Raises:
-        ValueError: If shapes or the chunk size do not fit, or the weight is a sharded DTensor.
+        ValueError: If shapes, the chunk size or the reduction do not fit, or the weight is a sharded DTensor.
     """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
     if isinstance(weight, DTensor):
         raise ValueError(
             "weight is a DTensor, i.e. FSDP has not gathered it. Call the loss from the forward of the module that "
@@ -129,7 +140,13 @@ class LossHead(torch.nn.Linear):
     """
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, ignore_index: int = -100) -> Tensor:  # type: ignore[override]
-        """Logits [..., V], or with ``labels`` [...] the float32 *sum* of the cross-entropy over its tokens."""
+        """Logits [..., V], or with ``labels`` [...] the float32 *sum* of the cross-entropy over its tokens.
+
+        Raises:
+            ValueError: With ``labels``, if the head has a bias, which the chunked loss does not add.
+        """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
+        if self.bias is not None:
+            raise ValueError("The chunked loss has no bias term. Make the head with LossHead(..., bias=False).")
         return linear_cross_entropy(hidden, self.weight, labels, ignore_index=ignore_index, reduction="sum")

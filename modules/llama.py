@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -145,22 +146,27 @@ def load_config(directory: str | Path) -> LlamaConfig:
     """Read and check ``config.json``.
 
     Raises:
-        ValueError: If there is none, it is not JSON, or it is not that of a Llama causal language model.
+        ValueError: If there is none, it is not JSON or not valid, or it is not that of a Llama causal language model.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json: it is not a transformers model directory.")
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a JSON object but a {type(raw).__name__}.")
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
     if raw.get("model_type") != "llama" or "LlamaForCausalLM" not in architectures:
         raise ValueError(
             f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}); these recipes finetune "
             "Llama causal language models (model_type 'llama', LlamaForCausalLM), e.g. Llama 2/3, SmolLM, TinyLlama."
         )
-    config: LlamaConfig = LlamaConfig.from_pretrained(directory)
+    try:
+        config: LlamaConfig = LlamaConfig.from_pretrained(directory)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} is not valid for a Llama: {' '.join(str(error).split())}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the 4-bit layers are ours; transformers must not look for its own
     return config

@@ -267,7 +267,11 @@ class QLoRALlama(L.LightningModule):
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
         self.train(training)
-        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        return str(
+            tokenizer.decode(
+                tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ).strip()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ class SafetensorsCheckpoint:
         if not path.is_file():
             return None
         try:
-            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            return {str(tensor): str(file) for tensor, file in weight_map.items()}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}). Download it again.") from error
-        return weight_map
 
     def __contains__(self, name: str) -> bool:
         return name in self._home

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+transformers.utils.logging.disable_progress_bar()
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,27 +43,23 @@ def _save_tokenizer(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _save_llama(directory: Path, seed: int = 0, tied: bool = False) -> Path:
-    """Random bf16 weights. Blocks of 64 cross the rows of down_proj [64, 160]; norms are not one, so that they matter."""
+def _save_llama(directory: Path, seed: int = 0, **options: object) -> Path:
+    """Random bf16 weights. Blocks cross the rows of down_proj [64, 160]; norms are not one, so that they matter."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    shape: dict[str, object] = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 512,
+    }
+    config = LlamaConfig(**{**shape, **options}, initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
     model.to(torch.bfloat16).save_pretrained(directory)
     _save_tokenizer(directory)
     return directory
@@ -76,13 +76,19 @@ def _save_4bit(source: Path, directory: Path, **options: object) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_dirs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """16-bit checkpoints: ``untied``, ``tied``, and ``other``, of the same shape as ``untied`` but other weights."""
+    """16-bit checkpoints.
+
+    ``untied``; ``tied``; ``other``, of the shape of ``untied`` but other weights; ``aligned``, whose rows are whole
+    blocks; ``biased``, with biases in all projections.
+    """
     root = tmp_path_factory.mktemp("llama")
     return MappingProxyType(
         {
             "untied": _save_llama(root / "untied"),
-            "tied": _save_llama(root / "tied", tied=True),
+            "tied": _save_llama(root / "tied", tie_word_embeddings=True),
             "other": _save_llama(root / "other", seed=1),
+            "aligned": _save_llama(root / "aligned", intermediate_size=192),
+            "biased": _save_llama(root / "biased", attention_bias=True, mlp_bias=True),
         }
     )
 
@@ -94,11 +100,14 @@ def tiny_llama_dir(tiny_llama_dirs: Mapping[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_4bit_dirs(tiny_llama_dirs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+def tiny_llama_4bit_dirs(
+    tiny_llama_dirs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
     """``tiny_llama_dir`` as bitsandbytes 4-bit checkpoints.
 
     ``nested`` (NF4, double quantization), ``plain`` (float32 absmax), ``bf16-storage`` (packed bytes as bfloat16, as
-    checkpoints for FSDP are), ``fp4``, ``partial`` (one projection left in 16 bit), ``tied`` (of the tied model).
+    checkpoints for FSDP are), ``fp4``, ``partial`` (one projection left in 16 bit), ``tied`` and ``aligned`` (of those
+    models).
     """
     root = tmp_path_factory.mktemp("llama-4bit")
     double = {"bnb_4bit_use_double_quant": True}
@@ -110,9 +119,13 @@ def tiny_llama_4bit_dirs(tiny_llama_dirs: Mapping[str, Path], tmp_path_factory: 
         "fp4": ("untied", {**double, "bnb_4bit_quant_type": "fp4"}),
         "partial": ("untied", {**double, "llm_int8_skip_modules": skipped}),
         "tied": ("tied", double),
+        "aligned": ("aligned", double),
     }
     return MappingProxyType(
-        {name: _save_4bit(tiny_llama_dirs[source], root / name, **options) for name, (source, options) in variants.items()}
+        {
+            name: _save_4bit(tiny_llama_dirs[source], root / name, **options)
+            for name, (source, options) in variants.items()
+        }
     )
 
 
@@ -120,6 +133,49 @@ def tiny_llama_4bit_dirs(tiny_llama_dirs: Mapping[str, Path], tmp_path_factory: 
 def tiny_llama_4bit_dir(tiny_llama_4bit_dirs: Mapping[str, Path]) -> Path:
     """``tiny_llama_dir`` in NF4 with double quantization, as checkpoints on the hub are. Read only."""
     return tiny_llama_4bit_dirs["nested"]
+
+
+def load_stock_4bit(directory: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """What transformers and bitsandbytes make of a checkpoint; a 16-bit one is quantized to double-quantized NF4."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    if "quantization_config" in json.loads((directory / "config.json").read_text()):
+        quantization = None
+    return LlamaForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map="cpu", quantization_config=quantization
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def stock_4bit_llama() -> Callable[..., LlamaForCausalLM]:
+    """``stock_4bit_llama(directory, dtype=torch.float32)``: the model of stock transformers with bitsandbytes layers.
+
+    Only to look at: on CPUs with AVX512-BF16 its layers repack their weights in their first forward in eval mode.
+    """
+    return load_stock_4bit
+
+
+@pytest.fixture(scope="session")
+def dense_llama() -> Callable[[Path], LlamaForCausalLM]:
+    """``dense_llama(directory)``: that model as a plain float32 Llama of bitsandbytes' dequantized weights."""
+
+    def load(directory: Path) -> LlamaForCausalLM:
+        quantized = load_stock_4bit(directory)
+        state = {name: p for name, p in quantized.state_dict().items() if ".weight." not in name}
+        for name, module in quantized.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                # In float32, where bitsandbytes would round to the dtype that was quantized; and as one row, because
+                # its CPU kernel (0.50) takes the wrong blocks where 64 does not divide the rows.
+                quant_state, shape = module.weight.quant_state, module.weight.quant_state.shape
+                quant_state.dtype, quant_state.shape = torch.float32, torch.Size([1, shape.numel()])
+                state[f"{name}.weight"] = bnb.functional.dequantize_4bit(module.weight.data, quant_state).view(shape)
+        config = LlamaConfig.from_pretrained(directory)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        dense = LlamaForCausalLM(config).eval()
+        dense.load_state_dict(state)
+        return dense
+
+    return load
 
 
 @pytest.fixture

@@ -110,9 +110,12 @@ def test_gradients_too_small_for_float16_survive():
     labels = torch.tensor([0])
     _, truth, _ = gradients(plain, hidden.double(), weight.double(), labels)
     assert gradients(plain, hidden, weight, labels)[1][0, 1] == 0
-    loss_input = hidden.clone().requires_grad_()
-    linear_cross_entropy(loss_input, weight, labels).backward()
-    torch.testing.assert_close(loss_input.grad.double(), truth, rtol=0.02, atol=6e-8)
+    for autocast, dtype in ((False, torch.float16), (True, torch.float32)):
+        trained = hidden.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            loss = linear_cross_entropy(trained, weight.to(dtype), labels)
+        loss.backward()
+        torch.testing.assert_close(trained.grad[0, 1].double(), truth[0, 1], rtol=0.02, atol=0)
 
 
 def test_many_tokens_of_one_label_do_not_overflow_a_trained_float16_weight():
@@ -227,9 +230,7 @@ def test_chunk_sizes_that_the_docstring_gives():
 )
 def test_what_does_not_fit_is_refused(hidden, weight, labels, options, message):
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(
-            torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.long), **options
-        )
+        linear_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.long), **options)
 
 
 @pytest.fixture
@@ -243,8 +244,14 @@ def one_process_group() -> Iterator[None]:
 def test_a_weight_that_fsdp_has_not_gathered_is_refused():
     hidden, weight, labels = make(4, 8, 10)
     sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
-    with pytest.raises(ValueError, match="weight is a DTensor, i.e. FSDP has not gathered it"):
+    with pytest.raises(ValueError, match=r"weight is a DTensor, i\.e\. FSDP has not gathered it"):
         linear_cross_entropy(hidden, sharded, labels)
+
+
+def test_a_head_with_a_bias_gives_no_loss():
+    hidden, _, labels = make(4, 8, 30)
+    with pytest.raises(ValueError, match=r"no bias term. Make the head with LossHead\(..., bias=False\)"):
+        LossHead(8, 30)(hidden, labels)
 
 
 def test_the_head_gives_logits_or_the_sum_of_their_loss():

@@ -50,7 +50,7 @@ def assert_same_bytes(layer: NF4Linear, expected: dict[str, Tensor]) -> None:
 
 
 def bnb_dequantize(packed: Tensor, state: bnb.QuantState) -> Tensor:
-    """bitsandbytes' weight [N, K], read as one row: its CPU kernel (0.50) takes wrong blocks where 64 does not divide K."""
+    """The weight [N, K], read as one row: the CPU kernel (0.50) takes wrong blocks where 64 does not divide K."""
     shape, state.shape = state.shape, torch.Size([1, state.shape[0] * state.shape[1]])
     return bnb.dequantize_4bit(packed, state).reshape(shape)
 
@@ -189,7 +189,9 @@ def test_a_weight_whose_bytes_were_converted_is_refused(dtype):
         layer(torch.randn(2, 24))
 
 
-@pytest.mark.parametrize(("nested", "blocksize", "quant_type"), [(True, 64, "nf4"), (False, 128, "nf4"), (True, 64, "fp4")])
+@pytest.mark.parametrize(
+    ("nested", "blocksize", "quant_type"), [(True, 64, "nf4"), (False, 128, "nf4"), (True, 64, "fp4")]
+)
 def test_bitsandbytes_reads_the_weights_of_a_layer(nested, blocksize, quant_type):
     layer = make_layer(130, 160, nested=nested, blocksize=blocksize, quant_type=quant_type)  # 325 blocks: 2 nested ones
     quantized = layer.quantized()
@@ -197,8 +199,8 @@ def test_bitsandbytes_reads_the_weights_of_a_layer(nested, blocksize, quant_type
     if nested:
         nested_state = bnb.QuantState(quantized.absmax2, code=quantized.code2, blocksize=256, dtype=torch.float32)
     state = bnb.QuantState(
-        quantized.absmax, torch.Size(quantized.shape), bnb.get_4bit_type(quant_type, device="cpu"), blocksize, quant_type,
-        torch.float32, quantized.offset, nested_state,
+        quantized.absmax, torch.Size(quantized.shape), bnb.get_4bit_type(quant_type, device="cpu"), blocksize,
+        quant_type, torch.float32, quantized.offset, nested_state,
     )  # fmt: skip
     dense = bnb_dequantize(quantized.packed.unsqueeze(1), state)
     torch.testing.assert_close(layer.dequantize(), dense, rtol=0, atol=0)

@@ -1,0 +1,70 @@
+"""When a run may begin, and from where."""
+
+import os
+
+import pytest
+
+from lightning_qlora.modules.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+def checkpoint(run: RunDirectory, name: str, age: float = 0.0) -> None:
+    """An empty file of that name, ``age`` seconds old."""
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    path = run.checkpoints / name
+    path.touch()
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def test_nothing_is_made_by_looking(run):
+    assert run.start(resume=False) is None
+    assert run.latest_checkpoint() is None
+    assert not run.root.exists()
+
+
+def test_a_directory_of_other_things_holds_no_run(run):
+    run.checkpoints.mkdir(parents=True)
+    (run.root / "notes.txt").touch()
+    assert not run.holds_run()
+    assert run.start(resume=False) is None
+
+
+@pytest.mark.parametrize("part", ["report.json", "adapter/adapter_config.json", "checkpoints/step=3.ckpt"])
+def test_any_part_of_a_run_is_not_overwritten(run, part):
+    (run.root / part).parent.mkdir(parents=True, exist_ok=True)
+    (run.root / part).write_text("precious")
+    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume, or name another directory"):
+        run.start(resume=False)
+    assert (run.root / part).read_text() == "precious"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_run_that_is_not_there_cannot_be_resumed(run, exists):
+    if exists:
+        run.root.mkdir()
+    with pytest.raises(ValueError, match="There is no run to resume in output_dir"):
+        run.start(resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_is_no_directory(run, resume):
+    run.root.write_text("precious")
+    with pytest.raises(ValueError, match="is a file. Name a directory"):
+        run.start(resume)
+
+
+def test_a_run_resumes_from_its_highest_step(run):
+    for name, age in (("step=9.ckpt", 0), ("step=10.ckpt", 50), ("epoch=1-step=10-v1.ckpt", 5), ("last.ckpt", 0)):
+        checkpoint(run, name, age)
+    checkpoint(run, "step=99.ckpt.part")
+    assert run.start(resume=True) == run.checkpoints / "epoch=1-step=10-v1.ckpt"
+
+
+def test_a_run_without_a_checkpoint_resumes_at_the_beginning(run):
+    run.root.mkdir()
+    run.report.touch()
+    assert run.start(resume=True) is None
