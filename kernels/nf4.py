@@ -184,6 +184,7 @@ if triton is not None:
         packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start,
         BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
         THREADS: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, PACKED_CVT: tl.constexpr,
+        READ_POLICY: tl.constexpr, WRITE_POLICY: tl.constexpr,
     ):  # fmt: skip
         """Dequantize the tile at ``start``: STEPS times a row of one word per thread.
 
@@ -198,7 +199,7 @@ if triton is not None:
         words = ()
         scales = ()
         for step in tl.static_range(STEPS):
-            words += (tl.load(words_ptr + step * THREADS, eviction_policy="evict_first"),)  # type: ignore[assignment]
+            words += (tl.load(words_ptr + step * THREADS, eviction_policy=READ_POLICY),)  # type: ignore[assignment]
         for step in tl.static_range(STEPS):
             scales += (  # type: ignore[assignment]
                 _load_scale(
@@ -225,14 +226,14 @@ if triton is not None:
                 )
                 # join adds a last dimension: [[a, b], [c, d]] takes a with c and b with d first.
                 quad = tl.join(tl.join(a, c), tl.join(b, d)).reshape(THREADS, 4)
-                tl.store(pairs_ptr + step * THREADS * 4 + pair, quad)
+                tl.store(pairs_ptr + step * THREADS * 4 + pair, quad, eviction_policy=WRITE_POLICY)
         else:
             position = tl.arange(0, 8)
             for step in tl.static_range(STEPS):
                 codes = (words[step][:, None] >> ((position ^ 1) * 4)[None, :]) & 0xF
                 values = _multiply(tl.load(table_ptr + codes, eviction_policy="evict_last"), scales[step][:, None], PTX)
                 element = (thread + step * THREADS)[:, None] * 8 + position[None, :]
-                tl.store(out_ptr + start + element, _round_to(values, dtype))
+                tl.store(out_ptr + start + element, _round_to(values, dtype), eviction_policy=WRITE_POLICY)
 
     @triton.jit
     def _masked_tile(  # type: ignore[no-untyped-def]
@@ -276,13 +277,15 @@ if triton is not None:
         STEPS: tl.constexpr,  # words per thread
         PTX: tl.constexpr,  # inline assembly; else plain Triton with the same bits (for values of normal magnitude)
         PACKED_CVT: tl.constexpr,  # compute capability >= 8.0
+        READ_POLICY: tl.constexpr,  # cache eviction hints, of the packed codes
+        WRITE_POLICY: tl.constexpr,  # and of the result
     ):
         # 64-bit arithmetic on scalars only, once per program; inside the tile 32-bit offsets suffice.
         start = tl.program_id(0).to(tl.int64) * (THREADS * STEPS * 8)
         if ALIGNED and start + THREADS * STEPS * 8 <= numel:
             _whole_tile(
                 packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, table_ptr, out_ptr, start,
-                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, THREADS, STEPS, PTX, PACKED_CVT,
+                BLOCKSIZE, NESTED_BLOCKSIZE, NESTED, THREADS, STEPS, PTX, PACKED_CVT, READ_POLICY, WRITE_POLICY,
             )  # fmt: skip
         else:
             _masked_tile(
@@ -292,15 +295,18 @@ if triton is not None:
 
 
 class LaunchConfig(NamedTuple):
-    """How to cut the weight into programs: ``threads * steps * 8`` elements each.
+    """How to cut the weight into programs, ``threads * steps * 8`` elements each, and what to hint to the caches.
 
     Few registers (32 on sm_80 and sm_90, 46 on sm_75) leave every SM full at 128 threads a program; 4 words per thread
-    then keep 32 KiB of packed weight in flight per SM, several times what the memory latency asks for.
+    then keep 32 KiB of packed weight in flight per SM, several times what the memory latency asks for. A code is read
+    once, so it may leave the caches first; the result is read next, by a matmul, and gets no hint.
     """
 
     threads: int = 128
     steps: int = 4
     ptx: bool = True
+    read_policy: str = "evict_first"
+    write_policy: str = ""
 
 
 class _Compiled(NamedTuple):
@@ -337,7 +343,7 @@ def _launch(
     packed_aligned, out_aligned = packed_address % 16 == 0, out_address % 16 == 0
     grid = (-(-numel // (config.threads * config.steps * 8)), 1, 1)
     key = (
-        *(out.device, out.dtype, blocksize, nested_blocksize, quant_type, code2 is None),
+        *(out.get_device(), out.dtype, blocksize, nested_blocksize, quant_type, code2 is None),
         *(packed_aligned, out_aligned, numel > 0x7FFFFFFF, config),
     )
     compiled = _compiled.get(key)
@@ -361,7 +367,7 @@ def _launch(
     ptx = config.ptx and capability >= ((8, 0) if out.dtype is torch.bfloat16 else (7, 0))
     constants = (
         *(blocksize, nested_blocksize, code2 is not None, packed_aligned and out_aligned),
-        *(config.threads, config.steps, ptx, capability >= (8, 0)),
+        *(config.threads, config.steps, ptx, capability >= (8, 0), config.read_policy, config.write_policy),
     )
     kernel = _dequantize_4bit_kernel[grid](
         packed.view(-1).view(torch.uint8),

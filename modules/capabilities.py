@@ -45,11 +45,11 @@ def capabilities(index: int = 0) -> Capabilities:
 
 
 def default_precision() -> Precision:
-    """The fastest precision that is safe here: ``bf16-mixed`` or ``16-mixed`` on a GPU, ``32-true`` on CPU."""
-    device = capabilities()
-    if device.device_type == "cpu":
+    """The fastest precision that is safe on all devices: ``bf16-mixed`` or ``16-mixed`` on GPUs, ``32-true`` on CPU."""
+    if capabilities().device_type == "cpu":
         return "32-true"
-    return "bf16-mixed" if device.bf16 else "16-mixed"
+    bf16 = all(capabilities(index).bf16 for index in range(torch.cuda.device_count()))
+    return "bf16-mixed" if bf16 else "16-mixed"
 
 
 def check_precision(precision: str) -> Precision:

@@ -41,7 +41,7 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
     helps = _parameter_help(main)
     for name in sorted(flags):
         default = inspect.signature(main).parameters[name].default
-        parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=helps.get(name))
+        parser.add_argument(f"--{name}", action=ActionYesNo, nargs="?", default=default, help=helps.get(name))
     parsed = parser.parse_args(args).as_dict()
     parsed.pop("config", None)
     try:

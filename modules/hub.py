@@ -67,6 +67,12 @@ def resolve_model(model: str | Path) -> Path:
     return directory
 
 
+def base_name(model: str | Path, directory: Path) -> str:
+    """How an adapter should name its base, so that transformers finds it: the hub name, or the local directory."""
+    is_local = Path(model).exists() or str(model) == DEMO_MODEL
+    return str(directory) if is_local else str(model)
+
+
 def _download(name: str) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"There is no model directory or GGUF file {name!r}.")

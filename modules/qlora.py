@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from lightning_qlora.modules.adapters import load_adapter, read_adapter, save_adapter
 from lightning_qlora.modules.capabilities import compute_dtype
-from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy, all_reduce_sum, read_checkpoint
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy, all_reduce_sum, check_state, read_checkpoint
 from lightning_qlora.modules.llama import (
     BaseIdentity,
     QLoRALlamaForCausalLM,
@@ -89,6 +89,8 @@ class QLoRALlama(L.LightningModule):
             raise ValueError(f"learning_rate must be a positive finite number, got {learning_rate}.")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}.")
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
         self.model_dir = Path(model_dir)
@@ -225,19 +227,27 @@ class QLoRALlama(L.LightningModule):
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
+    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+
     # --- in and out --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what identifies the base and the adapters, so that a checkpoint is refused elsewhere."""
+        """Keep only what is trained, whatever the strategy collected, and add what identifies the base and the adapters."""
+        trained = self._trained_shapes()
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         checkpoint[CHECKPOINT_KEY] = self.identity.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or LoRA shape.
+        """Refuse a checkpoint of another base or LoRA shape, or a partial one.
 
         Raises:
-            ValueError: Naming what differs.
+            ValueError: Naming what differs or is missing.
         """
         self.identity.check(checkpoint.get(CHECKPOINT_KEY, {}), "The checkpoint")
+        if self.model is not None:
+            # Loading is not strict, for the base is not in the checkpoint; so what must be there is checked here.
+            check_state(checkpoint["state_dict"], self._trained_shapes(), "of this run")
 
     def check_checkpoint(self, path: str | Path | None) -> None:
         """Check, before any model is built, that training can resume from ``path``; ``None`` is fine.

@@ -29,7 +29,7 @@ from lightning_qlora.modules.capabilities import check_devices, check_precision,
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.data import ChatDataModule
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.hub import DEMO_MODEL, base_name, resolve_model
 from lightning_qlora.modules.llama import default_lora
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.run_directory import RunDirectory
@@ -104,7 +104,7 @@ def main(
         warmup_steps=max_steps // 20,
         checkpoint_activations=checkpoint_activations,
         init_adapter=init_adapter,
-        model_name=model,
+        model_name=base_name(model, directory),
         seed=seed,
     )
     module.check_checkpoint(checkpoint)

@@ -1,7 +1,7 @@
 """Records of benchmarks: what ran, on what, when, and the tables of the README that are made from them.
 
-A record is a JSON file in ``results/``: ``name``, ``date``, ``commit``, ``device``, ``versions``, ``command``, ``columns``
-and ``rows`` (one list a row, in the order of the columns), and ``notes``. In the README, the lines between
+A record is a JSON file in ``results/``: ``name``, ``date``, ``commit``, ``device``, ``versions``, ``command``,
+``columns`` and ``rows`` (one list a row, in the order of the columns), and ``notes``. In the README, the lines between
 ``<!-- results: NAME -->`` and ``<!-- end -->`` are generated:
 
     python recipes/benchmarks/record.py          # rewrite the README's tables

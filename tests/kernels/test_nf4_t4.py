@@ -69,6 +69,8 @@ def compile_kernel(
         "STEPS": config.steps,
         "PTX": ptx,
         "PACKED_CVT": capability >= 80,
+        "READ_POLICY": config.read_policy,
+        "WRITE_POLICY": config.write_policy,
     }
     signature |= dict.fromkeys(constants, "constexpr")
     names = list(signature)

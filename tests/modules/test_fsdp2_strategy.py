@@ -482,5 +482,3 @@ def test_an_overflow_on_one_rank_makes_all_skip_the_step(ranks: RankPools, world
         assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(third, results[0][1][2], strict=True))
         assert all(bool(weight.isfinite().all()) for weight in third)
-def test_dbg():
-    print(one_process_loop(None)[0], one_process_loop(torch.float16)[0], one_process_loop(torch.bfloat16)[0])

@@ -37,7 +37,7 @@ def test_a_directory_of_other_things_holds_no_run(run):
 def test_any_part_of_a_run_is_not_overwritten(run, part):
     (run.root / part).parent.mkdir(parents=True, exist_ok=True)
     (run.root / part).write_text("precious")
-    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume, or name another directory"):
+    with pytest.raises(ValueError, match=r"already holds a run\. Continue it with --resume, or name another directory"):
         run.start(resume=False)
     assert (run.root / part).read_text() == "precious"
 
@@ -53,7 +53,7 @@ def test_a_run_that_is_not_there_cannot_be_resumed(run, exists):
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_file_is_no_directory(run, resume):
     run.root.write_text("precious")
-    with pytest.raises(ValueError, match="is a file. Name a directory"):
+    with pytest.raises(ValueError, match=r"is a file\. Name a directory"):
         run.start(resume)
 
 

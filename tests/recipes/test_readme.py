@@ -1,0 +1,73 @@
+"""The README says what is true: its tables come from records, its Python runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "recipes/benchmarks/record.py", "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_stale_table_is_noticed(tmp_path: Path) -> None:
+    copy = tmp_path / "recipes" / "benchmarks"
+    (copy / "results").mkdir(parents=True)
+    (copy / "record.py").write_text((ROOT / "recipes/benchmarks/record.py").read_text())
+    record = {"name": "x", "date": "2026-01-01", "commit": "abc", "device": "d", "versions": {}, "notes": ""}
+    (copy / "results/x.json").write_text(json.dumps({**record, "columns": ["a"], "rows": [[1.0], [None]]}))
+    (tmp_path / "README.md").write_text("before\n<!-- results: x -->\nold\n<!-- end -->\nafter\n")
+
+    def run(*flags: str) -> int:
+        return subprocess.run([sys.executable, copy / "record.py", *flags], capture_output=True).returncode
+
+    assert run("--check") == 1
+    assert run() == 0
+    assert run("--check") == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| a |\n| --- |\n| 1 |\n|  |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+
+
+def test_links_and_paths_exist() -> None:
+    paths = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:recipes|kernels|modules)/[\w/]+\.py)`", README)
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"make (\w+)", document):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.slow
+def test_python_examples_run(tmp_path: Path) -> None:
+    """Train as the README's project does, then load that adapter as the README's peft example does."""
+    peft_example, project = BLOCKS
+    words = ("red", "green", "blue", "white", "black", "grey", "pink", "brown", "olive", "teal")
+    rows = [{"instruction": f"Say {word}.", "response": f"{word}!"} for word in words * 2]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = tmp_path / "project.py"
+    script.write_text(project)
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, timeout=500)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["status"] == "completed"
+    assert len(report["losses"]) == 2
+    script.write_text(peft_example.replace("runs/fsdp2_qlora/adapter", "adapter"))
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, timeout=500)
