@@ -79,7 +79,7 @@ def _gradient_scale(hidden: Tensor, summed_tokens: int) -> float:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if dtype != torch.float16:
         return 1.0
-    return FP16_GRADIENT_SCALE / 2 ** math.ceil(math.log2(summed_tokens))
+    return float(FP16_GRADIENT_SCALE / 2 ** math.ceil(math.log2(summed_tokens)))
 
 
 def linear_cross_entropy(

@@ -233,7 +233,7 @@ class QLoRALlama(L.LightningModule):
     # --- in and out --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is trained, whatever the strategy collected, and add what identifies the base and the adapters."""
+        """Keep only what is trained, whatever the strategy collected, and add what identifies base and adapters."""
         trained = self._trained_shapes()
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         checkpoint[CHECKPOINT_KEY] = self.identity.to_dict()
@@ -247,7 +247,9 @@ class QLoRALlama(L.LightningModule):
         self.identity.check(checkpoint.get(CHECKPOINT_KEY, {}), "The checkpoint")
         if self.model is not None:
             # Loading is not strict, for the base is not in the checkpoint; so what must be there is checked here.
-            check_state(checkpoint["state_dict"], self._trained_shapes(), "of this run")
+            trained = self._trained_shapes()
+            state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
+            check_state(state, trained, "to resume from")
 
     def check_checkpoint(self, path: str | Path | None) -> None:
         """Check, before any model is built, that training can resume from ``path``; ``None`` is fine.

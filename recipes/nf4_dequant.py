@@ -1,12 +1,12 @@
-"""Dequantize NF4 weights in one Triton kernel: the puzzle's check and its timing loop, against bitsandbytes and Unsloth.
+"""Dequantize NF4 weights in one Triton kernel: the puzzle's check and timing loop, against bitsandbytes and Unsloth.
 
     python recipes/nf4_dequant.py            # a CUDA GPU (T4 or newer, 6 GiB free), under a minute
     python recipes/nf4_dequant.py --check    # the check alone; without a GPU, Triton's interpreter runs the kernel
 
-The check compares every weight bit for bit with bitsandbytes. The loop dequantizes the three weights of a Llama MLP
-after each other, with a transposition and a device synchronization after each, and counts wall-clock time: host work is
-part of it. The plot shows the GPU's time alone, as bandwidth over the number of elements, with the speed of a copy of as
-many bytes as the ceiling. Expect 1.15 times Unsloth's speed at the least (the puzzle's mark) in every row of the table.
+The check compares every weight bit for bit with bitsandbytes. The loop dequantizes the three weights of a Llama MLP one
+after the other, with a transposition and a device synchronization after each, and counts wall-clock time: host work is
+part of it. The plot shows the time of the GPU alone, as bandwidth over the number of elements, with a copy of as many
+bytes as the ceiling. Expect at least 1.15 times Unsloth's speed, the puzzle's mark, in every row of the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():  # Triton reads this where it decorates a kernel: before the import below
+if __name__ == "__main__" and not torch.cuda.is_available():  # read where a kernel is decorated: in the import below
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import bitsandbytes.functional as bnb
@@ -50,7 +50,7 @@ PUZZLE = (
 
 
 def quantize(rows: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, bnb.QuantState]:
-    """Return a normally distributed weight [rows, columns] as ``Linear4bit`` stores it: NF4, 64, double quantization."""
+    """Return a normally distributed weight [rows, columns] as ``Linear4bit`` stores it by default, in NF4."""
     weight = torch.randn(rows, columns, dtype=dtype, device=device)
     return bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")  # type: ignore[no-any-return]
 
@@ -91,7 +91,7 @@ IMPLEMENTATIONS: dict[str, Dequantize] = {
 }
 
 
-def check(shape: Shape, device: str) -> str:
+def compare(shape: Shape, device: str) -> str:
     """Compare the three weights of a shape with bitsandbytes, bit for bit; a sixteenth of the rows on a CPU.
 
     Raises:
@@ -104,11 +104,11 @@ def check(shape: Shape, device: str) -> str:
         wrong = (ours(packed, state).view(torch.int16) != bnb.dequantize_4bit(packed, state).view(torch.int16)).sum()
         if wrong:
             raise ValueError(
-                f"{wrong} of {rows // part * columns} elements of a {rows // part} x {columns} {shape.dtype} weight "
+                f"{wrong} of {rows // part * columns} elements of a {rows // part} x {columns} {TORCH_NAMES[shape.dtype]} weight "
                 "differ from bitsandbytes: this build of Triton rounds differently. Please report the versions."
             )
-    rows = "all rows" if part == 1 else f"1/{part} of the rows"
-    return f"hidden {shape.hidden}, intermediate {shape.intermediate}, {TORCH_NAMES[shape.dtype]}: exact ({rows})"
+    extent = "all rows" if part == 1 else f"1/{part} of the rows"
+    return f"hidden {shape.hidden}, intermediate {shape.intermediate}, {TORCH_NAMES[shape.dtype]}: exact ({extent})"
 
 
 def mlp(shape: Shape) -> list[tuple[int, int]]:
@@ -122,14 +122,14 @@ def time_loop(
     """Time the puzzle's loop: seconds of each iteration (three weights), the implementations by turns."""
     weights = [quantize(rows, columns, shape.dtype, "cuda") for rows, columns in mlp(shape)]
     times: dict[str, list[float]] = {name: [] for name in implementations}
-    for round_ in range(rounds):
+    for _ in range(rounds):
         for name, dequantize in implementations.items():
             for iteration in range(iterations // rounds + 2):
                 start = perf_counter()
                 for packed, state in weights:
                     dequantize(packed, state).t()
                     torch.cuda.synchronize()
-                if iteration >= 2 and round_ >= 0:  # two warm-ups, as in the puzzle
+                if iteration >= 2:  # two warm-ups, as in the puzzle
                     times[name].append(perf_counter() - start)
     return times
 
@@ -176,7 +176,9 @@ def svg_plot(sizes: Sequence[int], series: dict[str, list[float]], title: str) -
         f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{size / 2**20:g}M</text>'
         for x, size in zip(xs, sizes, strict=True)
     ]
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">elements (GB/s upwards)</text>')
+    parts.append(
+        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">elements (GB/s upwards)</text>'
+    )
     for i, (name, values) in enumerate(series.items()):
         color = ("#999", "#1f77b4", "#ff7f0e", "#2ca02c")[i % 4]
         points = " ".join(f"{x:.1f},{top + height * (1 - v / highest):.1f}" for x, v in zip(xs, values, strict=True))
@@ -185,11 +187,49 @@ def svg_plot(sizes: Sequence[int], series: dict[str, list[float]], title: str) -
     return "\n".join([*parts, "</svg>\n"])
 
 
-def main(check: bool = False, iterations: int = 1000, output_dir: Path = Path("runs/nf4_dequant")) -> None:  # noqa: FBT001
+def main(check: bool = False, iterations: int = 1000, output_dir: Path = Path("runs/nf4_dequant")) -> None:
     """Check, time and plot.
 
     Args:
         check: Stop after the check, which needs no GPU.
-        iterations: Iterations of the timing loop for each shape and implementation.
+        iterations: Iterations of the timing loop for each shape and implementation, at least 4.
         output_dir: Directory for ``report.json`` and ``bandwidth.svg``.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if iterations < 4:
+        raise ValueError(f"--iterations must be at least 4, one for each round, got {iterations}.")
+    if device == "cpu" and not check:
+        raise ValueError("There is no CUDA GPU to time: run with --check, which interprets the kernel on the CPU.")
+    torch.manual_seed(0)
+    for shape in PUZZLE:
+        print(compare(shape, device), flush=True)
+    if check:
+        return
+    rows = []
+    print(f"\n{'three weights of':28}" + "".join(f"{name:>24}" for name in IMPLEMENTATIONS))
+    for shape in PUZZLE:
+        micros = {name: median(t) * 1e6 for name, t in time_loop(IMPLEMENTATIONS, shape, iterations).items()}
+        name = f"{shape.hidden} x {shape.intermediate} {TORCH_NAMES[shape.dtype]}"
+        rows.append({"shape": name, **micros, "speedup": micros["Unsloth's sequence"] / micros["this kernel"]})
+        print(f"{name:28}" + "".join(f"{t:>21.1f} us" for t in micros.values()) + f"  {rows[-1]['speedup']:.2f} x")
+    sizes = [2**power for power in range(20, 30, 2)]
+    measured = [bandwidths(size, torch.bfloat16) for size in sizes]
+    series = {name: [point[name] for point in measured] for name in measured[0]}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "loop_microseconds": rows,
+        "elements": sizes,
+        "gigabytes_per_second": series,
+    }
+    (output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    title = f"NF4 to bf16, {torch.cuda.get_device_name()}"
+    (output_dir / "bandwidth.svg").write_text(svg_plot(sizes, series, title))
+    print(f"\nWrote {output_dir / 'report.json'} and {output_dir / 'bandwidth.svg'}.")
+
+
+if __name__ == "__main__":
+    from lightning_qlora.modules.cli import run_recipe
+
+    sys.exit(run_recipe(main))

@@ -488,7 +488,7 @@ class TestGPU:
             assert_same_bits(nf4.dequantize_4bit(**weight), bnb_dequantize(weight))
 
     @given(weights)
-    @settings(relaxed, max_examples=60)
+    @settings(relaxed, max_examples=25)  # most compile a variant of their own
     def test_equals_numpy(self, weight: Weight) -> None:
         np.testing.assert_array_equal(
             as_numpy(nf4.dequantize_4bit(**to_device(weight)).cpu()), numpy_dequantize(weight)
@@ -516,13 +516,13 @@ class TestGPU:
     def test_current_stream_is_used(self) -> None:
         weight = to_device(make_weight((4096, 4096)))
         expected = nf4.dequantize_4bit(**weight)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         packed = weight["packed"].clone()
         weight["packed"] = torch.zeros_like(packed)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # on another stream the kernel would run now, before the copy
+            torch.cuda._sleep(50_000_000)  # type: ignore[no-untyped-call]  # on another stream the kernel would run now, before the copy
             weight["packed"].copy_(packed)
             result = nf4.dequantize_4bit(**weight)
         torch.cuda.synchronize()

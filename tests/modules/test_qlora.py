@@ -26,6 +26,13 @@ from lightning_qlora.modules.weights import SafetensorsCheckpoint
 STRATEGIES: dict[str, Callable[[], Strategy | str]] = {"auto": lambda: "auto", "fsdp2": FSDP2Strategy}
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
+]
+
+
 @pytest.fixture(params=STRATEGIES)
 def strategy(request, monkeypatch) -> Iterator[Callable[[], Strategy | str]]:
     """Makes a strategy; afterwards its process group and environment variables are gone."""
@@ -45,7 +52,7 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         defaults: dict[str, Any] = {
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_steps": 1,
             "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
-            "inference_mode": False,
+            "inference_mode": False, "use_distributed_sampler": False,
         }  # fmt: skip
         return L.Trainer(strategy=strategy, **{**defaults, **options})
 
@@ -223,14 +230,14 @@ def train(
     trainer: Callable[..., L.Trainer], strategy: Strategy | str, directory: Path, *, resume: Path | None = None,
     save: Path | None = None, steps: int = 4, lora: LoraConfig | None = None, **options: Any,
 ) -> Record:  # fmt: skip
-    """Train ``steps`` steps of two micro-batches, an epoch each, and write ``save`` afterwards."""
+    """Train ``steps`` steps, each of the same two micro-batches within one epoch, and write ``save`` afterwards."""
     module = QLoRALlama(
         directory, lora or default_lora(4, dropout=0.3), schedule="constant", learning_rate=1e-2, **options
     )
     record = Record()
     record.losses = [math.nan] * (0 if resume is None else 2)
     fitted = trainer(strategy, max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, callbacks=[record])
-    fitted.fit(module, loader(batch([12, 9], 6), batch([7], 7)), ckpt_path=resume, weights_only=False)
+    fitted.fit(module, loader(*[batch([12, 9], 6), batch([7], 7)] * 5), ckpt_path=resume, weights_only=False)
     if save is not None:
         fitted.save_checkpoint(save)
     return record

@@ -58,10 +58,13 @@ def test_a_file_is_no_directory(run, resume):
 
 
 def test_a_run_resumes_from_its_highest_step(run):
-    for name, age in (("step=9.ckpt", 0), ("step=10.ckpt", 50), ("epoch=1-step=10-v1.ckpt", 5), ("last.ckpt", 0)):
+    # Each beats the ones before it, by the number or else by the file's age.
+    for name, age in (("step=8.ckpt", 0), ("step=9.ckpt", 99), ("step=10.ckpt", 50), ("epoch=1-step=10-v1.ckpt", 5)):
         checkpoint(run, name, age)
-    checkpoint(run, "step=99.ckpt.part")
-    assert run.start(resume=True) == run.checkpoints / "epoch=1-step=10-v1.ckpt"
+        assert run.start(resume=True) == run.checkpoints / name
+    for name in ("last.ckpt", "step=99.ckpt.part", "step=3.ckpt"):
+        checkpoint(run, name)
+        assert run.start(resume=True) == run.checkpoints / "epoch=1-step=10-v1.ckpt"
 
 
 def test_a_run_without_a_checkpoint_resumes_at_the_beginning(run):

@@ -1,4 +1,4 @@
-"""The main recipe by its command line: the same losses on one device, on two, in stock libraries, and after any death."""
+"""The main recipe by its command line: equal losses on one device, on two, in stock libraries, and after any death."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora.callbacks.report import Report, load_report
 from lightning_qlora.modules import capabilities
@@ -79,7 +79,7 @@ class Run:
         self.process.wait()
 
     def wait_for_step(self, step: int, timeout: float = 120) -> None:
-        self._read_until(lambda line: line is not None and line.startswith(f"step {step}/"), timeout)
+        self._read_until(lambda line: line is not None and re.match(rf"step +{step}/", line) is not None, timeout)
 
     def wait(self, timeout: float = 240) -> int:
         """Wait until all processes have ended; returns the exit code of the first."""
@@ -167,6 +167,15 @@ def whole(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
+def save_aligned_llama(source: Path, directory: Path) -> Path:
+    """As ``tiny_llama_dir``, but with rows of whole blocks of 64: bitsandbytes' CPU kernel is wrong for others."""
+    shutil.copytree(source, directory)
+    config = LlamaConfig.from_pretrained(source, intermediate_size=192)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 def write_stock_adapter(model_dir: Path, directory: Path, r: int) -> Path:
     """An adapter as peft itself makes it, with B not zero, so that A has a gradient from the first step."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -242,18 +251,17 @@ def stock_losses(model_dir: Path, adapter: Path, flags: Mapping[str, Any]) -> li
 
 
 def test_two_devices_train_as_one_and_as_stock_libraries(
-    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: Flags, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = write_stock_adapter(Path(str(flags["model"])), tmp_path / "adapter", r=4)
-    flags = flags | {"init_adapter": adapter}
+    model_dir = save_aligned_llama(tiny_llama_dir, tmp_path / "model")
+    adapter = write_stock_adapter(model_dir, tmp_path / "adapter", r=4)
+    flags = flags | {"model": model_dir, "init_adapter": adapter}
     two = train(flags | on(2, tmp_path / "two"))
     one = train(flags | on(1, tmp_path / "one"))
-    stock = stock_losses(Path(str(flags["model"])), adapter, flags)
+    stock = stock_losses(model_dir, adapter, flags)
     to_one, to_stock = difference(two["losses"], one["losses"]), difference(two["losses"], stock)
     with capsys.disabled():
-        print(
-            f"\n2 devices: to 1 device {to_one:.1e}, to stock libraries {to_stock:.1e} ({stock[0]:.3f} -> {stock[-1]:.3f})"
-        )
+        print(f"\n2 devices to 1: {to_one:.1e}, to stock libraries: {to_stock:.1e}; {stock[0]:.3f} -> {stock[-1]:.3f}")
     assert (two["world_size"], one["world_size"]) == (2, 1)
     assert min(stock) < 0.8 * stock[0]  # it learns: a run that does nothing would agree with itself as well
     assert to_one <= 1e-5
@@ -270,13 +278,294 @@ def test_the_demo_model_trains_as_in_stock_libraries(tmp_path: Path, capsys: pyt
     dataset.write_text("".join(json.dumps(card) + "\n" for card in cards))
     adapter = write_stock_adapter(directory, tmp_path / "adapter", r=8)
     flags: Flags = {
-        "model": DEMO_MODEL, "dataset": dataset, "max_steps": 6, "accumulate": 1, "seq_len": 96, "precision": "32-true",
+        "model": DEMO_MODEL, "dataset": dataset, "max_steps": 5, "accumulate": 1, "seq_len": 96, "precision": "32-true",
         "lr": 1e-3, "lora_r": 8, "lora_alpha": 16, "seed": 3, "init_adapter": adapter, "prompt": "Hi",
     }  # fmt: skip
     two = train(flags | on(2, tmp_path / "two"))
     stock = stock_losses(directory, adapter, flags)
     to_stock = difference(two["losses"], stock)
     with capsys.disabled():
-        print(f"\ndemo model, 2 devices: to stock libraries {to_stock:.1e} ({stock[0]:.3f} -> {stock[-1]:.3f})")
+        print(f"\ndemo model to stock libraries: {to_stock:.1e}; {stock[0]:.3f} -> {stock[-1]:.3f}")
     assert stock[-1] < stock[0]
     assert to_stock <= 1e-3
+
+
+# -------------------------------------------------------------------------------------------------- deaths and resuming
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+@contextlib.contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Make this process the parent of its descendants' orphans, so that it can wait for them (Linux)."""
+    set_child_subreaper = 36
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        libc.prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+def run_and_kill(flags: Mapping[str, object], rank: int, first_step: int, last_step: int) -> None:
+    """SIGKILL one rank at a random moment after a random step; the other must end by itself, and not with success."""
+    step, delay = random.randint(first_step, last_step), random.uniform(0, 0.5)
+    with adopting_orphans(), Run(flags) as run:
+        run.wait_for_step(step)
+        second = run.second_process()
+        threading.Event().wait(delay)
+        killed_at = monotonic()
+        os.kill(run.process.pid if rank == 0 else second, signal.SIGKILL)
+        code = run.wait(timeout=60)
+        context = f"killed rank {rank} {delay:.2f} s after step {step}:\n{run.text}"
+        if rank == 0:
+            assert code == -signal.SIGKILL, context
+            code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+        assert code != 0, context
+        print(
+            f"rank {rank} killed after step {step}; the other ended {monotonic() - killed_at:.1f} s later with {code}"
+        )
+    assert load_report(Path(str(flags["output_dir"])) / "report.json")["status"] in ("running", "failed"), context
+
+
+def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
+    """Rank 0 dies, then, in the resumed run, rank 1; what is resumed after that ends as if nothing had happened."""
+    expected = load_report(whole / "report.json")
+    output_dir = tmp_path / "run"
+    run_and_kill(flags | on(2, output_dir), 0, 2, 7)
+    resumed = flags | {"resume": True}
+    run_and_kill(resumed | on(2, output_dir), 1, 10, 17)
+    shutil.copytree(output_dir, tmp_path / "copy")
+
+    two = train(resumed | on(2, output_dir))
+    assert 7 <= two["resumed_from_step"] < STEPS
+    assert two["losses"] == expected["losses"]
+    assert two["val_losses"] == expected["val_losses"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (output_dir / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+    one = train(resumed | on(1, tmp_path / "copy"))
+    assert one["resumed_from_step"] == two["resumed_from_step"]
+    assert difference(one["losses"], expected["losses"]) <= 1e-5
+
+
+def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
+    """SIGTERM to rank 0 alone; then Ctrl-C, which reaches every process of the group; then on to the end."""
+    flags = flags | on(2, tmp_path / "run") | {"save_every": 100}  # only what the signals leave
+    stops: list[int] = []
+    for signum, after in ((signal.SIGTERM, random.randint(2, 6)), (signal.SIGINT, random.randint(11, 16))):
+        with Run(flags | {"resume": bool(stops)}) as run:
+            run.wait_for_step(after)
+            if signum == signal.SIGTERM:
+                os.kill(run.process.pid, signum)
+            else:
+                os.killpg(run.process.pid, signum)
+            assert run.wait(60) == 128 + signum, run.text
+        assert "Traceback" not in run.text
+        report = load_report(tmp_path / "run" / "report.json")
+        assert report["status"] == "interrupted"
+        assert after <= report["global_step"] < STEPS
+        stops.append(report["global_step"])
+        assert f"interrupted-step={stops[-1]}.ckpt" in checkpoints(tmp_path / "run")
+    last = train(flags | {"resume": True})
+    assert last["resumed_from_step"] == stops[-1]
+    assert last["losses"] == load_report(whole / "report.json")["losses"]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fsdp2_qlora_recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the command line looks up the types that annotations name
+    spec.loader.exec_module(module)
+    return module
+
+
+def contents(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below, with its bytes and when it was written."""
+    return {
+        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def refused(
+    recipe: ModuleType,
+    flags: Flags,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., None]:
+    """``refused(message, **flags)``: exit code 2, a message that matches, no training, and output_dir as it was."""
+
+    def no_training(*_: object, **__: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(recipe.L.Trainer, "fit", no_training)
+
+    def check(message: str, without: str = "", **changes: object) -> None:
+        merged = flags | {"output_dir": tmp_path / "run", "devices": 2} | changes
+        merged.pop(without, None)
+        output_dir = Path(str(merged["output_dir"]))
+        before = contents(output_dir) if output_dir.exists() else None
+        capsys.readouterr()
+        assert run_recipe(recipe.main, arguments(merged)) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+        assert "Traceback" not in error
+        assert (contents(output_dir) if output_dir.exists() else None) == before
+
+    return check
+
+
+def test_bad_models_are_refused(refused: Callable[..., None], tiny_llama_dir: Path, tmp_path: Path) -> None:
+    refused("no model directory or GGUF file '/no/such/model'", model="/no/such/model")
+    without_weights = tmp_path / "without weights"
+    without_weights.mkdir()
+    refused("no config.json", model=without_weights)
+    shutil.copy(tiny_llama_dir / "config.json", without_weights)
+    refused(r"holds no \*\.safetensors weights", model=without_weights)
+    other_kind = tmp_path / "gpt2"
+    shutil.copytree(tiny_llama_dir, other_kind)
+    (other_kind / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    refused("is a 'gpt2' model", model=other_kind)
+    truncated = tmp_path / "truncated"
+    shutil.copytree(tiny_llama_dir, truncated)
+    (truncated / "model.safetensors").write_bytes((tiny_llama_dir / "model.safetensors").read_bytes()[:-100])
+    refused("model.safetensors is damaged", model=truncated)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("missing.jsonl", None, "missing.jsonl: no such file"),
+        ("empty.jsonl", "", "the data set is empty"),
+        ("empty.json", "[]", "the data set is empty"),
+        ("broken.jsonl", '{"prompt": "p", "completion": "c"}\n{"prompt": \n', "line 2, column 12: not JSON"),
+        ("fields.json", '[{"prompt": "p", "completion": "c"}, {"text": "t"}]', r"row 2: found the fields \['text'\]"),
+    ],
+)
+def test_bad_data_are_refused(
+    refused: Callable[..., None], tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    refused(message, dataset=tmp_path / name)
+
+
+def test_completions_that_are_cut_away_are_refused(refused: Callable[..., None]) -> None:
+    refused("seq_len=8 cuts away the completion of all 27 samples", seq_len=8)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("lora_r", 0, "r must be at least 1, got 0"),
+        ("lora_r", -4, "r must be at least 1, got -4"),
+        ("lora_alpha", 0, "lora_alpha must be positive"),
+        ("max_steps", -1, "--max_steps must be at least 1, got -1"),
+        ("batch_size", 0, "--batch_size must be at least 1"),
+        ("accumulate", 0, "--accumulate must be at least 1"),
+        ("lr", -1e-3, "learning_rate must be a positive finite number"),
+        ("seq_len", 1, "seq_len must be at least 2"),
+        ("seed", -1, "seed must be at least 0"),
+        ("devices", 0, "devices must be at least 1"),
+        ("devices", 10_000, "devices=10000"),
+        ("init_adapter", "/no/such/adapter", "holds no LoRA adapter of peft: adapter_config.json is missing"),
+    ],
+)
+def test_flags_out_of_range_are_refused(refused: Callable[..., None], flag: str, value: object, message: str) -> None:
+    refused(message, **{flag: value})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("precision", "8-bit"), ("max_steps", "many"), ("lr", "nan"), ("lr", "inf"), ("no_such_flag", 1)],
+)
+def test_flags_of_the_wrong_kind_are_refused(
+    recipe: ModuleType, capsys: pytest.CaptureFixture[str], flag: str, value: object
+) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        run_recipe(recipe.main, [f"--{flag}={value}"])
+    assert refusal.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_is_no_number_is_refused_in_a_file_too(
+    refused: Callable[..., None], tmp_path: Path
+) -> None:
+    """YAML has NaN as a number, which the command line takes for a word."""
+    (tmp_path / "flags.yaml").write_text("lr: .nan\n")
+    refused("learning_rate must be a positive finite number, got nan", without="lr", config=tmp_path / "flags.yaml")
+
+
+def test_hardware_that_is_not_there_is_refused(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with one T4."""
+    t4 = capabilities.Capabilities("cuda", "Tesla T4", (7, 5), 15 * 2**30, bf16=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(capabilities, "capabilities", lambda index=0: t4)
+    refused(r"devices=2 but this machine has 1 CUDA device\(s\)", precision="16-mixed")
+    for precision in ("bf16-mixed", "bf16-true"):
+        refused("device 0 is a Tesla T4 with 7.5. Use precision='16-mixed'", devices=1, precision=precision)
+
+
+def test_a_directory_with_a_run_is_not_overwritten(
+    refused: Callable[..., None], whole: Path, tmp_path: Path, chats: Path
+) -> None:
+    refused("already holds a run. Continue it with --resume", output_dir=whole)
+    refused("is a file. Name a directory", output_dir=chats)
+    refused("no run to resume", resume=True)
+    refused("no run to resume", resume=True, output_dir=tmp_path)
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of ``whole``, to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "finished"))
+
+
+def latest(output_dir: Path) -> Path:
+    return max((output_dir / "checkpoints").iterdir(), key=lambda path: int(path.stem.rpartition("=")[2]))
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    refused: Callable[..., None], finished: Path, tiny_llama_dirs: Mapping[str, Path]
+) -> None:
+    resume: Flags = {"resume": True, "output_dir": finished}
+    refused("another model or LoRA shape: fingerprint is", **resume, model=tiny_llama_dirs["other"])
+    refused("lora_r is 4 there and 8 here", **resume, lora_r=8)
+    refused(r"lora_alpha is 8\.0 there and 16\.0 here", **resume, lora_alpha=16)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(refused: Callable[..., None], finished: Path, kept: float) -> None:
+    damaged = latest(finished)
+    damaged.write_bytes(damaged.read_bytes()[: int(kept * damaged.stat().st_size)])
+    refused(rf"{damaged.name} is damaged.*Others in .*: step=\d+\.ckpt", resume=True, output_dir=finished)
+
+
+def test_what_is_no_checkpoint_is_refused(refused: Callable[..., None], finished: Path) -> None:
+    latest(finished).write_text("not a checkpoint")
+    refused("is damaged or incomplete", resume=True, output_dir=finished)
+    torch.save({"weights": torch.ones(2)}, latest(finished))
+    refused("no training checkpoint", resume=True, output_dir=finished)
+
+
+def test_a_checkpoint_of_other_data_is_refused_by_both_processes(flags: Flags, finished: Path) -> None:
+    """Found only once the Trainer runs; the run's own files must survive that too."""
+    before = contents(finished)
+    with Run(flags | on(2, finished) | {"batch_size": 3, "resume": True, "max_steps": STEPS + 5}) as run:
+        assert run.wait() == 2, run.text
+    assert "global_batch_size 4 -> 6" in run.text
+    assert "Traceback" not in run.text
+    assert contents(finished) == before

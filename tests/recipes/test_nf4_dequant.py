@@ -1,0 +1,104 @@
+"""The NF4 recipe and its benchmark, by their command lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "nf4_dequant.py"
+BENCHMARK = ROOT / "recipes" / "benchmarks" / "nf4_dequant.py"
+
+
+def run(script: Path, *flags: str, gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run([sys.executable, str(script), *flags], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nf4_dequant_under_test", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_check_needs_no_gpu() -> None:
+    result = run(RECIPE, "--check")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("exact (1/16 of the rows)") == 3
+
+
+def test_check_finds_a_wrong_result(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = recipe.Shape(256, 1024, torch.float16)
+    monkeypatch.setattr(recipe, "interpreted", recipe.nf4.dequantize_quant_state)
+    assert "exact" in recipe.compare(shape, "cpu")
+
+    def one_off(packed: torch.Tensor, state: object) -> torch.Tensor:
+        weight: torch.Tensor = recipe.nf4.dequantize_quant_state(packed, state)
+        weight.view(-1).view(torch.int16)[7] += 1
+        return weight
+
+    monkeypatch.setattr(recipe, "interpreted", one_off)
+    with pytest.raises(ValueError, match="1 of 16384 elements of a 64 x 256 fp16 weight differ"):
+        recipe.compare(shape, "cpu")
+
+
+def test_what_cannot_run_is_said(tmp_path: Path) -> None:
+    for flags, message in (
+        ((), "There is no CUDA GPU to time: run with --check"),
+        (("--check", "--iterations", "3"), "--iterations must be at least 4"),
+    ):
+        result = run(RECIPE, *flags, "--output_dir", str(tmp_path / "new"))
+        assert result.returncode == 2
+        assert message in result.stderr
+    assert not (tmp_path / "new").exists()
+    result = run(BENCHMARK, "--results", str(tmp_path))
+    assert result.returncode == 2
+    assert "needs a CUDA GPU" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_of_a_pass(recipe: ModuleType) -> None:
+    assert recipe.bytes_moved(128, torch.bfloat16) == 64 + 2 + 256
+    assert recipe.bytes_moved(128, torch.float32) == 64 + 2 + 512
+
+
+def test_plot_is_drawn_to_scale(recipe: ModuleType) -> None:
+    svg = recipe.svg_plot([2**20, 2**22, 2**24], {"a": [100.0, 200.0, 400.0], "b": [50.0, 0.0, 50.0]}, "title")
+    root = ElementTree.fromstring(svg)
+    lines = [
+        [tuple(map(float, point.split(","))) for point in (line.get("points") or "").split()]
+        for line in root.iter("{http://www.w3.org/2000/svg}polyline")
+    ]
+    (x0, a0), (x1, a1), (x2, a2) = lines[0]
+    bottom = lines[1][1][1]  # the point of value 0
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert (bottom - a1) / (bottom - a0) == pytest.approx(2, rel=1e-2)
+    assert (bottom - a2) / (bottom - a0) == pytest.approx(4, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_recipe_on_a_gpu(tmp_path: Path) -> None:
+    result = run(RECIPE, "--iterations", "40", "--output_dir", str(tmp_path), gpu=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("exact (all rows)") == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(row["speedup"] > 1.15 for row in report["loop_microseconds"])  # the puzzle's mark
+    assert len(report["elements"]) == len(report["gigabytes_per_second"]["this kernel"])
+    ElementTree.parse(tmp_path / "bandwidth.svg")
