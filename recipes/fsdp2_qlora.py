@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import AutoTokenizer
 
@@ -32,7 +31,7 @@ from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.hub import DEMO_MODEL, base_name, resolve_model
 from lightning_qlora.modules.llama import default_lora
 from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.run_directory import RunDirectory
+from lightning_qlora.modules.run_directory import RunDirectory, StepCheckpoint
 
 
 def main(
@@ -129,9 +128,7 @@ def main(
             LossProgress(),
             SaveAdapter(run.adapter),
             RunReport(run.report, metadata={"model": model, "dataset": dataset, "lora_r": lora_r, "seq_len": seq_len}),
-            ModelCheckpoint(
-                run.checkpoints, "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=save_every
-            ),
+            StepCheckpoint(run.checkpoints, save_every),
             stop,
         ],
     )

@@ -104,8 +104,9 @@ def compare(shape: Shape, device: str) -> str:
         wrong = (ours(packed, state).view(torch.int16) != bnb.dequantize_4bit(packed, state).view(torch.int16)).sum()
         if wrong:
             raise ValueError(
-                f"{wrong} of {rows // part * columns} elements of a {rows // part} x {columns} {TORCH_NAMES[shape.dtype]} weight "
-                "differ from bitsandbytes: this build of Triton rounds differently. Please report the versions."
+                f"{wrong} of {rows // part * columns} elements of a {rows // part} x {columns} "
+                f"{TORCH_NAMES[shape.dtype]} weight differ from bitsandbytes: "
+                "this build of Triton rounds differently. Please report the versions."
             )
     extent = "all rows" if part == 1 else f"1/{part} of the rows"
     return f"hidden {shape.hidden}, intermediate {shape.intermediate}, {TORCH_NAMES[shape.dtype]}: exact ({extent})"

@@ -16,6 +16,8 @@ from lightning_qlora.modules.adapters import WEIGHTS_NAME, adapter_state, load_a
 from lightning_qlora.modules.llama import QLoRALlamaForCausalLM, build_llama, default_lora, materialize
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORAS = {
     "all layers": default_lora(4),
     "two layers, rank-stabilized": LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["v_proj", "up_proj"]),

@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig
 from lightning_qlora.modules import hub
 from lightning_qlora.modules.hub import DEMO_MODEL, cache_dir, resolve_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Names of a Llama's weights in GGUF, by the end of their names here.
 GGUF_NAMES = {
     "input_layernorm": "attn_norm",

@@ -24,6 +24,8 @@ from lightning_qlora.modules.linear_cross_entropy import (
     linear_cross_entropy,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
     """The loss as one writes it: all logits, softmax in at least float32."""

@@ -33,6 +33,8 @@ from lightning_qlora.modules.llama import (
 from lightning_qlora.modules.nf4_linear import NF4Linear
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANTS = ["untied", "tied", "biased", "nested", "plain", "bf16-storage", "fp4", "partial"]
 
 

@@ -27,6 +27,8 @@ from lightning_qlora.modules.nf4_linear import (
     quantize_linears,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_layer(n: int, k: int, bias: bool = False, seed: int = 0, **quantization: object) -> NF4Linear:
     torch.manual_seed(seed)

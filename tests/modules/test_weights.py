@@ -18,6 +18,8 @@ from lightning_qlora.modules.llama import build_llama, default_lora, materialize
 from lightning_qlora.modules.nf4_linear import NF4Linear, Quantized4bit
 from lightning_qlora.modules.weights import INDEX_NAME, SafetensorsCheckpoint, load_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def copied(tiny_llama_dir: Path, tmp_path: Path) -> Path:

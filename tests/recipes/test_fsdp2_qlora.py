@@ -30,6 +30,7 @@ from lightning_qlora.callbacks.report import Report, load_report
 from lightning_qlora.modules import capabilities
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data import ChatDataModule
+from lightning_qlora.modules.fsdp2_strategy import read_checkpoint
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import LLAMA_PROJECTIONS
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
@@ -37,6 +38,7 @@ from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
 RECIPE = Path(__file__).parents[2] / "recipes" / "fsdp2_qlora.py"
 STEPS = 20
 GLOBAL_BATCH, ACCUMULATE = 4, 2
+BATCHES_AN_EPOCH = 7
 
 Flags = dict[str, object]
 
@@ -309,6 +311,17 @@ def adopting_orphans() -> Iterator[None]:
         libc.prctl(set_child_subreaper, 0, 0, 0, 0)
 
 
+def assert_between_steps(output_dir: Path) -> None:
+    """No checkpoint was written while gradients of a step were accumulating: what is resumed would lack them."""
+    paths = list((output_dir / "checkpoints").iterdir())
+    assert paths
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
+        assert batches == BATCHES_AN_EPOCH or batches % ACCUMULATE == 0, (path, batches)
+        assert f"step={checkpoint['global_step']}." in path.name
+
+
 def run_and_kill(flags: Mapping[str, object], rank: int, first_step: int, last_step: int) -> None:
     """SIGKILL one rank at a random moment after a random step; the other must end by itself, and not with success."""
     step, delay = random.randint(first_step, last_step), random.uniform(0, 0.5)
@@ -333,18 +346,21 @@ def run_and_kill(flags: Mapping[str, object], rank: int, first_step: int, last_s
 def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
     """Rank 0 dies, then, in the resumed run, rank 1; what is resumed after that ends as if nothing had happened."""
     expected = load_report(whole / "report.json")
+    assert checkpoints(whole) == [f"step={step}.ckpt" for step in (STEPS - 1, STEPS)]
+    assert_between_steps(whole)
     output_dir = tmp_path / "run"
     run_and_kill(flags | on(2, output_dir), 0, 2, 7)
     resumed = flags | {"resume": True}
     run_and_kill(resumed | on(2, output_dir), 1, 10, 17)
+    assert_between_steps(output_dir)
     shutil.copytree(output_dir, tmp_path / "copy")
 
     two = train(resumed | on(2, output_dir))
     assert 7 <= two["resumed_from_step"] < STEPS
     assert two["losses"] == expected["losses"]
     assert two["val_losses"] == expected["val_losses"]
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (output_dir / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (output_dir / adapter).read_bytes() == (whole / adapter).read_bytes()
 
     one = train(resumed | on(1, tmp_path / "copy"))
     assert one["resumed_from_step"] == two["resumed_from_step"]
@@ -551,7 +567,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_a_truncated_checkpoint_is_refused(refused: Callable[..., None], finished: Path, kept: float) -> None:
     damaged = latest(finished)
     damaged.write_bytes(damaged.read_bytes()[: int(kept * damaged.stat().st_size)])
-    refused(rf"{damaged.name} is damaged.*Others in .*: step=\d+\.ckpt", resume=True, output_dir=finished)
+    refused(rf"{damaged.name} is damaged.*Others in .*: step={STEPS - 1}.ckpt", resume=True, output_dir=finished)
 
 
 def test_what_is_no_checkpoint_is_refused(refused: Callable[..., None], finished: Path) -> None:
