@@ -297,11 +297,12 @@ if triton is not None:
 class LaunchConfig(NamedTuple):
     """How to cut the weight into programs, ``threads * steps * 8`` elements each, and what to hint to the caches.
 
-    Few registers (32 or less for 16-bit results on sm_75, sm_80 and sm_90) leave every SM full whatever the program's size. Predicted best
-    were 128 threads x 4 words, for the bytes in flight; on an H200 512 x 2 is 0 to 4 % faster at every size measured
-    (872 M elements: 535 us against 554, where a copy of as many bytes takes 520), as a program's loads and stores then
-    cover longer contiguous stretches. The cache hints change less than the spread of the measurement. A code is read
-    once, so it may leave the caches first; the result is read next, by a matmul, and gets no hint.
+    Few registers (32 or less for 16-bit results on sm_75, sm_80 and sm_90) leave every SM full whatever the program's
+    size. Predicted best were 128 threads x 4 words, for the bytes in flight; on an H200 512 x 2 is 0 to 4 % faster at
+    every size measured (872 M elements: 535 us against 554, where a copy of as many bytes takes 520), as a program's
+    loads and stores then cover longer contiguous stretches. The cache hints change less than the spread of the
+    measurement. A code is read once, so it may leave the caches first; the result is read next, by a matmul, and gets
+    no hint.
     Figures: ``recipes/benchmarks/results/nf4_dequant.json``.
     """
 
