@@ -47,6 +47,8 @@ def save_adapter(
     config = copy.deepcopy(lora)
     config.base_model_name_or_path = base_name
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # equal runs then write equal files
     temporary = directory / f".{WEIGHTS_NAME}.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
     config.save_pretrained(directory)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision as PrecisionPlugin
 from lightning.pytorch.strategies import ModelParallelStrategy
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -93,6 +94,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.local_rank > 0 and not self.cluster_environment.creates_processes_externally:
             _exit_with_parent()
         super().setup_environment()
+        if self.root_device.type == "cpu":
+            # Lightning shares the cores out among torch's threads; other libraries' OpenMP runtimes still take them all.
+            threadpool_limits(torch.get_num_threads(), user_api="openmp")
         atexit.register(_end_process_group)
 
     @property

@@ -21,9 +21,14 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import AutoTokenizer
 
-from lightning_qlora.callbacks import GracefulStop, LossProgress, RunReport
-from lightning_qlora.callbacks.adapter import SaveAdapter
-from lightning_qlora.callbacks.answers import CompareAnswers
+from lightning_qlora.callbacks import (
+    CompareAnswers,
+    GracefulStop,
+    LossProgress,
+    RunReport,
+    SaveAdapter,
+    StepCheckpoint,
+)
 from lightning_qlora.modules.capabilities import check_devices, check_precision, default_precision
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.data import ChatDataModule
@@ -31,7 +36,7 @@ from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.hub import DEMO_MODEL, base_name, resolve_model
 from lightning_qlora.modules.llama import default_lora
 from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.run_directory import RunDirectory, StepCheckpoint
+from lightning_qlora.modules.run_directory import RunDirectory
 
 
 def main(

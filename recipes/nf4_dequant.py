@@ -159,33 +159,20 @@ def bandwidths(numel: int, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def svg_plot(sizes: Sequence[int], series: dict[str, list[float]], title: str) -> str:
-    """Draw GB/s (linear from 0) over elements (logarithmic) as an SVG document."""
-    left, top, width, height = 60, 40, 560, 300
-    highest = max(max(values) for values in series.values()) * 1.05
-    xs = [left + width * i / (len(sizes) - 1) for i in range(len(sizes))]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{top + height + 50}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="20" font-size="14">{title}</text>',
-    ]
-    for step in range(6):
-        y = top + height * (1 - step / 5)
-        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">')
-        parts.append(f"{highest * step / 5:.0f}</text>")
-    parts += [
-        f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{size / 2**20:g}M</text>'
-        for x, size in zip(xs, sizes, strict=True)
-    ]
-    parts.append(
-        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">elements (GB/s upwards)</text>'
-    )
-    for i, (name, values) in enumerate(series.items()):
-        color = ("#999", "#1f77b4", "#ff7f0e", "#2ca02c")[i % 4]
-        points = " ".join(f"{x:.1f},{top + height * (1 - v / highest):.1f}" for x, v in zip(xs, values, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{left + 10}" y="{top + 16 * (i + 1)}" fill="{color}">{name}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+def save_plot(path: Path, sizes: Sequence[int], series: dict[str, list[float]], title: str) -> None:
+    """Draw GB/s over the number of elements."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in series.items():
+        is_ceiling = name.startswith("copy")
+        axes.plot(sizes, values, label=name, marker="o", color="grey" if is_ceiling else None)
+    axes.set(title=title, xlabel="elements", ylabel="GB/s, read and written", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
 def main(check: bool = False, iterations: int = 1000, output_dir: Path = Path("runs/nf4_dequant")) -> None:
@@ -226,7 +213,7 @@ def main(check: bool = False, iterations: int = 1000, output_dir: Path = Path("r
     }
     (output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     title = f"NF4 to bf16, {torch.cuda.get_device_name()}"
-    (output_dir / "bandwidth.svg").write_text(svg_plot(sizes, series, title))
+    save_plot(output_dir / "bandwidth.svg", sizes, series, title)
     print(f"\nWrote {output_dir / 'report.json'} and {output_dir / 'bandwidth.svg'}.")
 
 

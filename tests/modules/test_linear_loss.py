@@ -1,0 +1,479 @@
+"""The chunked loss of any function: against plain autograd, in every mode, dtype and context; refusals; memory.
+
+Shapes: T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from lightning_qlora.modules import losses
+from lightning_qlora.modules.linear_loss import CHUNK_BUDGET_BYTES, auto_chunk_tokens, linear_loss
+
+DOUBLE = torch.float64
+
+
+def make(t: int = 20, h: int = 6, v: int = 15, dtype: torch.dtype = DOUBLE, seed: int = 0) -> tuple[Tensor, ...]:
+    """hidden [T, H], weight [V, H] and bias [V], all trained, and labels [T]."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(*shape, dtype=DOUBLE, generator=generator) for shape in ((t, h), (v, h), (v,))]
+    return (
+        *(tensor.to(dtype).requires_grad_() for tensor in tensors), torch.randint(v, (t,), generator=generator)
+    )  # fmt: skip
+
+
+def two_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy [C], the sum of squared log-normalizers [], and the number of right answers []."""
+    normalizer = logits.logsumexp(-1)
+    right = (logits.argmax(-1) == labels).sum()
+    return normalizer - logits.gather(-1, labels[:, None])[:, 0], normalizer.square().sum(), right
+
+
+def total(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def assert_same_gradients(value: Tensor, expected: Tensor, inputs: list[Tensor], **tolerance: Any) -> None:
+    torch.testing.assert_close(value, expected, **tolerance)
+    truth = torch.autograd.grad(expected, inputs)
+    torch.testing.assert_close(torch.autograd.grad(value, inputs), truth, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ value and gradient
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.focal])
+def test_gradcheck(loss: Any, reduction: Any) -> None:
+    hidden, weight, bias, labels = make(t=5, h=3, v=4)
+    mask = torch.tensor([True, False, True, True, True])
+
+    def function(*inputs: Tensor) -> Tensor:
+        return linear_loss(  # type: ignore[no-any-return]
+            inputs[0], inputs[1], labels, loss=loss, bias=inputs[2], mask=mask, reduction=reduction, chunk_tokens=3
+        )
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+def test_gradcheck_of_several_losses() -> None:
+    hidden, weight, bias, labels = make(t=5, h=3, v=4)
+
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, _ = linear_loss(inputs[0], inputs[1], labels, loss=two_losses, bias=inputs[2], chunk_tokens=2)
+        return first, second
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    t=st.integers(0, 30),
+    v=st.integers(2, 40),
+    chunk_tokens=st.one_of(st.just("auto"), st.integers(1, 40)),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    masked=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    known=st.booleans(),
+    trained=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any),
+    upstream=st.sampled_from([1.0, -3.5, 65536.0]),
+    seed=st.integers(0, 99),
+)
+def test_equals_plain_autograd(t, v, chunk_tokens, reduction, masked, known, trained, upstream, seed):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, labels = make(t, 6, v, seed=seed)
+    inputs = [x for x, learns in zip((hidden, weight, bias), trained, strict=True) if learns]
+    for x, learns in zip((hidden, weight, bias), trained, strict=True):
+        x.requires_grad_(learns)
+    generator = torch.Generator().manual_seed(seed)
+    mask = None if masked is None else torch.rand(t, generator=generator) >= masked
+    count = None if mask is None or not known else int(mask.sum())
+    value = linear_loss(
+        hidden, weight, labels, loss=losses.cross_entropy, bias=bias, mask=mask, num_tokens=count, reduction=reduction,
+        chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    each = F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="none")
+    each = each if mask is None else each * mask
+    tokens = max(t if mask is None else int(mask.sum()), 1)
+    expected = each if reduction == "none" else each.sum() / (tokens if reduction == "mean" else 1)
+    rows = torch.randn(t, dtype=DOUBLE, generator=generator) * upstream if reduction == "none" else upstream
+    assert_same_gradients((value * rows).sum(), (expected * rows).sum(), inputs)
+    torch.testing.assert_close(value, expected)
+
+
+def test_weighted_sum_of_several_results() -> None:
+    hidden, weight, _, labels = make()
+    ce, squares, right = linear_loss(hidden, weight, labels, loss=two_losses, reduction="sum", chunk_tokens=6)
+    expected = two_losses(hidden @ weight.T, labels)
+    assert right == expected[2]
+    assert not right.requires_grad
+    assert_same_gradients(0.7 * ce + 0.3 * squares, 0.7 * expected[0].sum() + 0.3 * expected[1], [hidden, weight])
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, two_losses])
+def test_backward_twice(loss: Any) -> None:
+    hidden, weight, _, labels = make()
+    value = linear_loss(hidden, weight, labels, loss=loss, chunk_tokens=6)
+    value = value[0] if isinstance(value, tuple) else value
+    expected = F.cross_entropy(hidden @ weight.T, labels)
+    truth = torch.autograd.grad(expected, (hidden, weight))
+    first = torch.autograd.grad(value, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * value, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(first, truth)  # still: the second did not write into it
+    torch.testing.assert_close(second, tuple(2 * g for g in truth))
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, _, labels = make()
+    value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy)
+    with pytest.raises(ValueError, match="linear_loss has no second derivative"):
+        torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_tied_embedding_gets_both_gradients() -> None:
+    _, weight, _, labels = make()
+    value = linear_loss(F.embedding(labels, weight), weight, labels, loss=losses.cross_entropy, chunk_tokens=3)
+    expected = F.cross_entropy(F.embedding(labels, weight) @ weight.T, labels)
+    assert_same_gradients(value, expected, [weight])
+
+
+def test_micro_batches_with_one_denominator_equal_the_whole_batch() -> None:
+    hidden, weight, _, labels = make(t=30)
+    mask = torch.arange(30) % 3 > 0
+    parts = [slice(0, 4), slice(4, 30)]
+    value = sum(
+        linear_loss(hidden[p], weight, labels[p], loss=losses.cross_entropy, mask=mask[p], denominator=mask.sum())
+        for p in parts
+    )
+    expected = F.cross_entropy((hidden @ weight.T)[mask], labels[mask])
+    assert_same_gradients(value, expected, [hidden, weight])
+
+
+def test_leading_shape_and_wide_per_token_tensors() -> None:
+    hidden, weight, _, _ = make(t=24)
+    teacher = torch.randn(2, 3, 4, 15, dtype=DOUBLE)
+    value = linear_loss(hidden.view(2, 3, 4, 6), weight, teacher, loss=losses.kl_divergence, chunk_tokens=5)
+    student = (hidden @ weight.T).log_softmax(-1)
+    expected = F.kl_div(student, teacher.view(24, 15).softmax(-1), reduction="batchmean")
+    assert_same_gradients(value, expected, [hidden, weight])
+
+
+def test_a_chunk_size_does_not_change_values_of_tokens() -> None:
+    hidden, weight, _, labels = make(t=50, dtype=torch.float32)
+    values = [linear_loss(hidden, weight, labels, loss=losses.cross_entropy, chunk_tokens=c) for c in (1, 7, 49, 50)]
+    torch.testing.assert_close(torch.stack(values), values[-1].expand(4), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mask", [None, "all ignored"])
+def test_no_token_gives_zero_not_nan(mask: str | None) -> None:
+    hidden, weight, _, labels = make(t=0 if mask is None else 5)
+    chosen = None if mask is None else torch.zeros(5, dtype=torch.bool)
+    value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy, mask=chosen)
+    assert value == 0
+    assert all(not g.any() for g in torch.autograd.grad(value, (hidden, weight)))
+
+
+def test_ignored_tokens_never_reach_the_loss() -> None:
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    mask = torch.arange(20) < 13
+    with torch.no_grad():
+        hidden[~mask] = torch.nan
+    seen = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(len(logits))
+        return losses.cross_entropy(logits, labels)
+
+    value = linear_loss(hidden, weight, labels, loss=loss, mask=mask, chunk_tokens=5)
+    assert seen[-3:] == [5, 5, 3]
+    assert value.isfinite()
+    (gradient,) = torch.autograd.grad(value, hidden)
+    assert not gradient[~mask].any()
+
+
+# ----------------------------------------------------------------------------------------- 16 bit and mixed precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_16_bit_errors_are_not_larger_than_plain_torchs(dtype: torch.dtype, reduction: Any) -> None:
+    hidden, weight, _, labels = make(t=200, h=32, v=500, dtype=dtype)
+    weight = (weight.detach() / 6).requires_grad_()
+    rows = 1 / 200 if reduction == "none" else 1.0
+
+    def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, inputs)
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = gradients(F.cross_entropy(exact[0] @ exact[1].T, labels), *exact)
+    theirs = gradients(F.cross_entropy((hidden @ weight.T).float(), labels), hidden, weight)
+    value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy, reduction=reduction, chunk_tokens=64)
+    assert value.dtype == torch.float32
+    ours = gradients((value * rows).sum(), hidden, weight)
+    for mine, other, true in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - true).norm() <= 1.5 * (other - true).norm()
+
+
+def test_bfloat16_sum_of_the_weight_gradient_is_less_exact_but_right() -> None:
+    hidden, weight, _, labels = make(t=200, h=32, v=50, dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, labels), exact[1])[0]
+    errors = []
+    for kept in (torch.float32, torch.bfloat16):
+        value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy, weight_grad_dtype=kept, chunk_tokens=20)
+        errors.append(float((torch.autograd.grad(value, weight)[0] - truth).norm() / truth.norm()))
+    assert errors[0] < errors[1] < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_grad_scaler_under_autocast(dtype: torch.dtype) -> None:
+    hidden, weight, _, labels = make(t=40, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD([hidden, weight], lr=1.0)
+    with torch.autocast("cpu", dtype):
+        value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy, chunk_tokens=16)
+    assert value.dtype == torch.float32
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
+    truth = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels), (hidden, weight))
+    for mine, true in zip((hidden.grad, weight.grad), truth, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() < 0.02 * true.norm()
+
+
+def test_loss_sees_logits_of_the_compute_dtype_and_no_autocast() -> None:
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    seen = set()
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.add((logits.dtype, torch.is_autocast_enabled("cpu")))
+        return losses.cross_entropy(logits, labels)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_loss(hidden, weight, labels, loss=loss).backward()
+    assert seen == {(torch.bfloat16, False)}
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def step(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Any) -> Tensor:
+    """A part of a model that ends in the loss."""
+    return linear_loss(hidden.tanh(), weight, labels, loss=loss, mask=labels != -100, chunk_tokens=8)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, functools.partial(losses.cross_entropy, z_loss=0.1)])
+def test_inside_torch_compile_no_break_and_no_recompilation_over_lengths(loss: Any) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    inductor = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for length in (20, 33, 41, 9):
+        hidden, weight, _, labels = make(t=length, dtype=torch.float32)
+        labels[:3] = -100
+        for tensor in (hidden, labels):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for function in (compiled, inductor):
+            expected = step(hidden, weight, labels, loss)
+            assert_same_gradients(function(hidden, weight, labels, loss), expected, [hidden, weight])
+    assert counter.frame_count == 1
+
+
+def test_inside_torch_compile_a_changed_setting_is_not_stale() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    for cap in (None, 2.0):
+        loss = functools.partial(losses.cross_entropy, softcap=cap)
+        torch.testing.assert_close(compiled(hidden, weight, labels, loss), step(hidden, weight, labels, loss))
+
+
+def test_inside_torch_compile_a_closure_is_refused() -> None:
+    torch.compiler.reset()
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    scale = 2.0
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return scale * losses.cross_entropy(logits, labels)
+
+    with pytest.raises(Exception, match="must be a function without a closure"):
+        torch.compile(step, backend="eager", fullgraph=True)(hidden, weight, labels, loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_loss_equals_the_uncompiled_one(reduction: Any) -> None:
+    hidden, weight, bias, labels = make(t=21, dtype=torch.float32)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length in (21, 20, 11):  # the last chunks have 1, 0 and 1 tokens more than whole chunks
+        values = [
+            linear_loss(
+                hidden[:length], weight, labels[:length], loss=two_losses_per_token, bias=bias, reduction=reduction,
+                chunk_tokens=5, compile_loss=compiled,
+            )
+            for compiled in (True, False)
+        ]  # fmt: skip
+        for a, b in zip(*values, strict=True):
+            torch.testing.assert_close(a, b)
+        a, b = ((v[0] + v[1]).square().sum() for v in values)
+        assert_same_gradients(a, b, [hidden, weight, bias])
+    added = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    assert added <= (4 if reduction == "none" else 2)  # forward alone and with the gradient, one graph each
+
+
+def two_losses_per_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.float()
+    return torch.log_softmax(x, -1).gather(-1, labels[:, None])[:, 0], x.square().mean(-1)
+
+
+def test_works_where_compilation_is_disabled() -> None:
+    script = (
+        "import torch; from lightning_qlora.modules import losses, linear_loss as l\n"
+        "h = torch.randn(9, 4, requires_grad=True)\n"
+        "y = torch.zeros(9, dtype=torch.long)\n"
+        "for c in (None, True):\n"
+        "    l.linear_loss(h, torch.randn(5, 4), y, loss=losses.cross_entropy, compile_loss=c).backward()\n"
+        "print(float(h.grad.norm()) > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- chunk sizes and memory
+
+
+@pytest.mark.parametrize("vocab", [1, 300, 32000, 49152, 128256, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_automatic_chunks_fit_the_budget(vocab: int, dtype: torch.dtype, compiled: bool) -> None:
+    tokens = auto_chunk_tokens(vocab, dtype, compiled=compiled)
+    assert tokens % (128 if tokens >= 128 else 16) == 0
+    assert tokens == 16 or tokens * vocab * dtype.itemsize <= CHUNK_BUDGET_BYTES
+
+
+def test_chunk_sizes_that_the_docstring_gives() -> None:
+    sizes = [auto_chunk_tokens(128256, torch.bfloat16, compiled=compiled) for compiled in (True, False)]
+    assert sizes == [384, 32]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_memory_stays_that_of_one_chunk() -> None:
+    hidden = torch.randn(8192, 256, device="cuda", dtype=torch.float16, requires_grad=True)
+    weight = torch.randn(32768, 256, device="cuda", dtype=torch.float16)
+    labels = torch.randint(32768, (8192,), device="cuda")
+
+    def peak(loss: Callable[[], Tensor]) -> int:
+        loss().backward()
+        hidden.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss().backward()
+        hidden.grad = None
+        return torch.cuda.max_memory_allocated() - before
+
+    ours = peak(lambda: linear_loss(hidden, weight, labels, loss=losses.cross_entropy))
+    plain = peak(lambda: F.cross_entropy((hidden @ weight.T).float(), labels))
+    assert ours <= CHUNK_BUDGET_BYTES + 2 * hidden.nbytes + 2**23
+    assert ours <= 0.1 * plain
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+def batch_normalized(logits: Tensor, labels: Tensor) -> Tensor:
+    return losses.cross_entropy(logits - logits.mean(0), labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda x, y: x, r"returned \(2, 15\) as result 0 for logits \[2, 15\]"),
+        (lambda x, y: 3.0, "returned float as result 0"),
+        (lambda x, y: (), "returned an empty tuple"),
+        (mean_loss, "loss mean_loss: result 0 of two tokens together .* must be the sum over tokens, not their mean"),
+        (batch_normalized, "must not depend on other tokens"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(loss: Any, message: str) -> None:
+    hidden, weight, _, labels = make()
+    with pytest.raises(ValueError, match=message):
+        linear_loss(hidden, weight, labels, loss=loss)
+
+
+def test_two_closures_of_one_code_are_told_apart() -> None:
+    hidden, weight, _, labels = make()
+
+    def of(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logits, labels: inner(logits, labels)
+
+    assert linear_loss(hidden, weight, labels, loss=of(losses.cross_entropy), reduction="none").shape == (20,)
+    with pytest.raises(ValueError, match="this one returns a sum"):
+        linear_loss(hidden, weight, labels, loss=of(total), reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.zeros(15, 7)}, r"hidden \(20, 6\) does not fit weight \(15, 7\)"),
+        ({"weight": torch.zeros(15, 6, dtype=torch.int8)}, "must be of floating point"),
+        ({"bias": torch.zeros(14)}, r"bias \(14,\) must be \[V\] = \[15\]"),
+        ({"labels": torch.zeros(19, dtype=torch.long)}, r"per-token tensor 0 \(19,\) must have .* \(20,\)"),
+        ({"mask": torch.ones(20)}, r"mask must be bool .* got torch.float32 \(20,\)"),
+        ({"mask": torch.ones(20, dtype=torch.bool), "num_tokens": 19}, "num_tokens is 19, but the mask selects 20"),
+        ({"num_tokens": 20}, "pass mask too"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1 or 'auto', got 0"),
+        ({"reduction": "max"}, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
+        ({"reduction": "sum", "denominator": 3}, "with 'sum' nothing is divided"),
+        ({"weight_grad_dtype": torch.float16}, "float16 would overflow"),
+        ({"invalid": torch.arange(20) == 7}, r"1 token\(s\) are invalid, the first at position 7"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    hidden, weight, _, labels = make()
+    arguments: dict[str, Any] = {"weight": weight, "labels": labels, "loss": losses.cross_entropy, **changes}
+    weight, labels = arguments.pop("weight"), arguments.pop("labels")
+    with pytest.raises(ValueError, match=message):
+        linear_loss(hidden, weight, labels, **arguments)
+
+
+def test_a_per_token_tensor_that_requires_a_gradient_is_refused() -> None:
+    hidden, weight, _, _ = make()
+    teacher = torch.zeros(20, 15, dtype=DOUBLE, requires_grad=True)
+    with pytest.raises(ValueError, match=r"gets none here. Pass .detach\(\)"):
+        linear_loss(hidden, weight, teacher, loss=losses.kl_divergence)
+    with torch.no_grad():
+        assert linear_loss(hidden, weight, teacher, loss=losses.kl_divergence) > 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda h, w: h[4].fill_(torch.inf), r"hidden is not finite at 1 token\(s\), the first 4"),
+        (lambda h, w: w[3].fill_(torch.nan), r"weight is not finite in 1 row\(s\), the first 3"),
+        (lambda h, w: (h.fill_(200), w.fill_(200)), "their product overflows the dtype"),
+    ],
+)
+def test_what_is_not_finite_is_named_on_request_and_else_seen(spoil: Callable[..., Any], message: str) -> None:
+    hidden, weight, _, labels = make(dtype=torch.float16)
+    with torch.no_grad():
+        spoil(hidden, weight)
+    assert not linear_loss(hidden, weight, labels, loss=losses.cross_entropy).isfinite()
+    with pytest.raises(ValueError, match=message):
+        linear_loss(hidden, weight, labels, loss=losses.cross_entropy, check_finite=True)
