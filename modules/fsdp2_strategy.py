@@ -95,7 +95,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             _exit_with_parent()
         super().setup_environment()
         if self.root_device.type == "cpu":
-            # Lightning shares the cores out among torch's threads; other libraries' OpenMP runtimes still take them all.
+            # Lightning shares the cores out among torch's threads; other OpenMP runtimes still take them all.
             threadpool_limits(torch.get_num_threads(), user_api="openmp")
         atexit.register(_end_process_group)
 

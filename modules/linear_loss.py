@@ -34,8 +34,9 @@ Loss = Callable[..., Tensor | tuple[Tensor, ...]]
 Reduction = Literal["mean", "sum", "none"]
 
 #: Bytes that a chunk may take. Compiled, that is the logits in the compute dtype, for the gradient replaces them;
-#: otherwise f's float32 intermediates too, about ``EAGER_BYTES_PER_LOGIT`` each.
-CHUNK_BUDGET_BYTES = 96 * 2**20
+#: otherwise f's float32 intermediates too, about ``EAGER_BYTES_PER_LOGIT`` for each logit. A trained weight's gradient
+#: is read and written once a chunk, so that fewer chunks are worth twice the bytes.
+CHUNK_BUDGET_BYTES = 128 * 2**20
 EAGER_BYTES_PER_LOGIT = 16
 
 #: Gradients of a chunk are computed before the loss scale of mixed precision is known. In float16 they are carried
@@ -47,14 +48,14 @@ def _gradient_scale(dtype: torch.dtype) -> float:
     return FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0
 
 
-def auto_chunk_tokens(vocab_size: int, dtype: torch.dtype, *, compiled: bool) -> int:
+def auto_chunk_tokens(vocab_size: int, dtype: torch.dtype, *, compiled: bool, weight_learns: bool = False) -> int:
     """Most tokens whose chunk fits ``CHUNK_BUDGET_BYTES``, in multiples of 128 (the tiles of matrix products).
 
-    A vocabulary of 128256 in 16 bit has 128256 * 2 bytes a token: 96 MiB hold 392 of them, so 384. Uncompiled it is
-    128256 * 18 bytes: 43 tokens, in multiples of 16 below 128, so 32. At least 16.
+    A vocabulary of 128256 in 16 bit has 128256 * 2 bytes a token: 128 MiB hold 523 of them, so 512; with a weight that
+    learns, 1024. Uncompiled it is 128256 * 18 bytes: 58 tokens, in multiples of 16 below 128, so 48. At least 16.
     """
     bytes_per_token = vocab_size * (dtype.itemsize + (0 if compiled else EAGER_BYTES_PER_LOGIT))
-    tokens = CHUNK_BUDGET_BYTES // bytes_per_token
+    tokens = CHUNK_BUDGET_BYTES * (2 if weight_learns else 1) // bytes_per_token
     return max(16, tokens // 128 * 128 if tokens >= 128 else tokens // 16 * 16)
 
 
@@ -121,10 +122,15 @@ def _differentiate_fusable(
         total = _weighted_sum(results, differentiable, cotangents)
         return total, tuple(result.detach() for result in results)
 
+    results: tuple[Tensor, ...]
     with _FusableGather():
         gradient, (_, results) = torch.func.grad_and_value(weighted, has_aux=True)(logits)
     logits.copy_(gradient)
     return results
+
+
+# Rows are few and long. Splitting a row's sum over blocks would cost the fusion with what reads the row again.
+_COMPILE_OPTIONS: dict[str, Any] = {"split_reductions": False}
 
 
 @functools.cache
@@ -137,8 +143,7 @@ def _compiled(function: types.FunctionType, key: Any) -> Callable[..., Any]:
         function.__code__.replace(co_name=f"{function.__name__}_{_compiled.cache_info().misses}"),
         function.__globals__, closure=function.__closure__,
     )  # fmt: skip
-    # Rows are few and long. Splitting a row's sum over blocks would cost the fusion with what reads the row again.
-    return torch.compile(copy, fullgraph=True, options={"split_reductions": False})
+    return torch.compile(copy, fullgraph=True, options=_COMPILE_OPTIONS)
 
 
 def _program(loss: Any) -> Any:
@@ -257,6 +262,7 @@ def _make_plan(
     compile: bool,
     check_finite: bool,
     invalid_reason: str,
+    weight_learns: bool,
 ) -> _Plan:
     key = (_program(loss), vocab_size, dtype, device, tensors)
     if key not in _PROBED:
@@ -265,7 +271,7 @@ def _make_plan(
     per_token, differentiable, is_tuple = _PROBED[key]
     if reduction == "none" and not all(per_token):
         raise ValueError("reduction='none' needs a loss that returns one value a token [C]; this one returns a sum.")
-    chunk_tokens = chunk_tokens or auto_chunk_tokens(vocab_size, dtype, compiled=compile)
+    chunk_tokens = chunk_tokens or auto_chunk_tokens(vocab_size, dtype, compiled=compile, weight_learns=weight_learns)
     return _Plan(
         loss, per_token, differentiable, is_tuple, reduction != "none", chunk_tokens, dtype, weight_grad_dtype, compile,
         check_finite, invalid_reason,
@@ -363,8 +369,9 @@ def _run(
                 torch.addmm(offset, x, matrix.t(), out=logits)
             inputs = [take(tensor) for tensor in per_token]
             if any(wanted):
-                weights = [take(c) if c.ndim else c for c in cotangents] or [scale] * sum(plan.differentiable)
-                values = _call(plan, _differentiate, logits, inputs, plan.differentiable, tuple(weights))
+                weights: tuple[Tensor | float, ...] = tuple(take(c) if c.ndim else c for c in cotangents)
+                weights = weights or (scale,) * sum(plan.differentiable)
+                values = _call(plan, _differentiate, logits, inputs, plan.differentiable, weights)
             else:
                 values = _call(plan, _results, logits, inputs)
             for total, value in zip(results, values, strict=True):
@@ -462,24 +469,32 @@ def _raise_not_finite(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    """``gradient * factor`` (0-dim, or one value a row) in ``dtype``, multiplied in float32 a slice at a time."""
+    """``gradient * factor`` (0-dim, or one value a row) in ``dtype``, multiplied in float32 a slice at a time.
+
+    In place, a narrower ``dtype`` goes to the front of the same memory: a row is written where only rows that have been
+    read before it lay. The memory stays whole, but float32 sum and 16-bit gradient never exist side by side.
+    """
     factor = factor if gradient.dtype == torch.float64 else factor.float()
     factor = factor.reshape(-1, *[1] * (gradient.ndim - 1)) if factor.ndim else factor
-    out = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if not in_place or gradient.dtype.itemsize < dtype.itemsize:
+        out = torch.empty_like(gradient, dtype=dtype)
+    else:
+        out = torch.empty(0, dtype=dtype, device=gradient.device)
+        out.set_(gradient.untyped_storage(), 0, gradient.shape, gradient.stride())
     for start in range(0, gradient.shape[0], 2048):
         rows = slice(start, start + 2048)
-        out[rows] = gradient[rows].to(factor.dtype) * (factor[rows] if factor.ndim else factor)
+        out[rows] = (gradient[rows].to(factor.dtype) * (factor[rows] if factor.ndim else factor)).to(dtype)
     return out
 
 
 # -------------------------------------------------------------------- the same as operators, for an outer torch.compile
 
-_library = torch.library.Library("lightning_qlora", "FRAGMENT")
-_library.define(
-    "linear_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? invalid, Tensor[] per_token, "
-    "Tensor[] cotangents, SymInt num_tokens, bool[] wanted, int plan) -> (Tensor[], Tensor, Tensor, Tensor)"
+torch.library.define(
+    "lightning_qlora::linear_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? invalid, Tensor[] per_token, "
+    "Tensor[] cotangents, SymInt num_tokens, bool[] wanted, int plan) -> (Tensor[], Tensor, Tensor, Tensor)",
 )
-_library.define("scaled_gradient(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
+torch.library.define("lightning_qlora::scaled_gradient", "(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor")
 
 
 def _run_numbered(
@@ -536,10 +551,10 @@ def _scaled_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty_like(gradient, dtype=dtype)
 
 
-_library.impl("linear_loss", _run_numbered, "CompositeExplicitAutograd")
-_library.impl("scaled_gradient", _scaled_new, "CompositeExplicitAutograd")
-torch.library.register_fake("lightning_qlora::linear_loss", _run_fake, lib=_library)
-torch.library.register_fake("lightning_qlora::scaled_gradient", _scaled_fake, lib=_library)
+torch.library.impl("lightning_qlora::linear_loss", "default", _run_numbered)
+torch.library.impl("lightning_qlora::scaled_gradient", "default", _scaled_new)
+torch.library.register_fake("lightning_qlora::linear_loss", _run_fake)
+torch.library.register_fake("lightning_qlora::scaled_gradient", _scaled_fake)
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -718,10 +733,17 @@ def linear_loss(
             "bfloat16 products may be kept in their own dtype: float16 would overflow."
         )
     compile_loss = (hidden.is_cuda if compile_loss is None else compile_loss) and not torch._dynamo.config.disable
+    learns = torch.is_grad_enabled()
+    wanted = (
+        learns and hidden.requires_grad,
+        learns and weight.requires_grad,
+        learns and bias is not None and bias.requires_grad,
+    )
     settings = (
         weight.shape[0], dtype, weight_grad_dtype or total_dtype, str(hidden.device),
         tuple((t.dtype, tuple(t.shape[hidden.ndim - 1 :])) for t in per_token),
         0 if chunk_tokens == "auto" else chunk_tokens, reduction, compile_loss, check_finite, invalid_reason,
+        wanted[1],
     )  # fmt: skip
     plan: _Plan | int
     if torch.compiler.is_compiling():
@@ -730,12 +752,6 @@ def linear_loss(
     else:
         plan = _make_plan(loss, *settings)
         is_tuple, differentiable = plan.is_tuple, plan.differentiable
-    learns = torch.is_grad_enabled()
-    wanted = (
-        learns and hidden.requires_grad,
-        learns and weight.requires_grad,
-        learns and bias is not None and bias.requires_grad,
-    )
     leading = hidden.shape[:-1]
     flat_mask = None if mask is None else mask.reshape(-1)
     results = _LinearLoss.apply(  # type: ignore[no-untyped-call]

@@ -365,7 +365,8 @@ def test_automatic_chunks_fit_the_budget(vocab: int, dtype: torch.dtype, compile
 
 def test_chunk_sizes_that_the_docstring_gives() -> None:
     sizes = [auto_chunk_tokens(128256, torch.bfloat16, compiled=compiled) for compiled in (True, False)]
-    assert sizes == [384, 32]
+    assert sizes == [512, 48]
+    assert auto_chunk_tokens(128256, torch.float16, compiled=True, weight_learns=True) == 1024
 
 
 @pytest.mark.gpu
