@@ -166,8 +166,7 @@ def load_weights(model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: t
         if name in quantized or any(part in name for part in skip):
             continue
         plain = _plain(name)
-        if plain in checkpoint or not plain.startswith("lm_head."):
-            _check_shape(checkpoint, plain, tuple(parameter.shape))
+        _check_shape(checkpoint, plain, tuple(parameter.shape))
         _copy(parameter, checkpoint, plain)
 
 
