@@ -697,7 +697,8 @@ def linear_loss(
         chunk_tokens: Tokens a chunk, or ``"auto"`` (:func:`auto_chunk_tokens`). Values per token do not depend on it
             but for the rounding of matrix products.
         weight_grad_dtype: In which the weight's gradient is summed over chunks. Float32 (float64 for float64) if not
-            given. With bfloat16 products, bfloat16 takes half the memory and rounds once a chunk.
+            given. With bfloat16 products, bfloat16 takes half the memory and rounds once a chunk. A 16-bit gradient
+            of a float32 sum lies in the front of the sum's memory, which it keeps.
         compile_loss: Whether ``loss`` and its derivative are compiled into one kernel. If not given, on CUDA. Never
             with TORCH_COMPILE_DISABLE=1.
         check_finite: Raise if a result is not finite, and say what is to blame. The device is waited for. Not for

@@ -71,9 +71,11 @@ def test_equals_float64_in_float32_whatever_the_chunks(t, v, chunk_tokens, reduc
         linear_cross_entropy, hidden, weight, labels, upstream, chunk_tokens=chunk_tokens, reduction=reduction
     )
     truth = gradients(plain, hidden.double(), weight.double(), labels, upstream, reduction=reduction)
-    for value, expected in zip(got, truth, strict=True):
+    for value, expected, scale in zip(got, truth, (1.0, abs(upstream), abs(upstream)), strict=True):
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
+        # A probability near 1 leaves a gradient of the size of its own rounding, 6e-8 times the inputs (about 4).
+        atol = 2e-6 * float(expected.abs().max()) + 5e-7 * scale
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
