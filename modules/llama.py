@@ -275,7 +275,7 @@ def init_lora(model: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of [r, in]
-            full = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             copy_local_rows(parameter, full.to(parameter.dtype))
         elif ".lora_B." in name:
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).zero_()

@@ -229,9 +229,9 @@ class NF4Linear(nn.Linear):
         self.weight = _frozen(out_features, in_features // (2 * _BYTES), dtype=STORAGE_DTYPE, device=device)
         if nested:
             self.absmax = _frozen(-(-blocks // _BYTES), dtype=STORAGE_DTYPE, device=device)
-            self.register_buffer("code2", torch.empty(256, device=device))
-            self.register_buffer("absmax2", torch.empty(-(-blocks // nested_blocksize), device=device))
-            self.register_buffer("offset", torch.empty((), device=device))
+            # float32 by name: Lightning's "true" precisions build modules under another default dtype.
+            for name, size in (("code2", (256,)), ("absmax2", (-(-blocks // nested_blocksize),)), ("offset", ())):
+                self.register_buffer(name, torch.empty(size, dtype=torch.float32, device=device))
         else:
             self.absmax = _frozen(blocks, dtype=torch.float32, device=device)
             self.code2 = self.absmax2 = self.offset = None

@@ -209,6 +209,25 @@ def test_bf16_mixed_keeps_adapters_in_float32(strategy, trainer, tiny_llama_dir)
 # --- the schedule
 
 
+def test_bf16_true_converts_the_adapters_but_nothing_that_only_stores_bytes(strategy, trainer, tiny_llama_dir):
+    made = "auto" if strategy() == "auto" else FSDP2Strategy(precision="bf16-true")
+    options = {"precision": "bf16-true"} if made == "auto" else {}
+    module = QLoRALlama(tiny_llama_dir, default_lora(4), learning_rate=1e-2)
+    trainer(made, max_steps=3, **options).fit(module, loader(*[batch([9, 7], seed=0)] * 3))
+    assert module.model is not None
+    adapters = [p for n, p in module.named_parameters() if "lora_" in n]
+    assert {p.dtype for p in adapters} == {torch.bfloat16}
+    assert all(torch.isfinite(p).all() for p in adapters)
+    assert module.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    checkpoint = SafetensorsCheckpoint(tiny_llama_dir)
+    plain = build_llama(checkpoint, default_lora(4))
+    materialize(plain, checkpoint, torch.device("cpu"), seed=0)
+    layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, NF4Linear)}
+    for name, layer in layers.items():
+        for key, tensor in module.model.get_submodule(name).state_dict().items():
+            assert same_bytes(tensor, layer.state_dict()[key]), f"{name}.{key}"
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
