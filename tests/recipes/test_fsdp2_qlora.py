@@ -358,7 +358,8 @@ def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path)
     two = train(resumed | on(2, output_dir))
     assert 7 <= two["resumed_from_step"] < STEPS
     assert two["losses"] == expected["losses"]
-    assert two["val_losses"] == expected["val_losses"]
+    # Lightning does not repeat a validation that was due at the very step of the checkpoint.
+    assert two["val_losses"] == [pair for pair in expected["val_losses"] if pair[0] != two["resumed_from_step"]]
     adapter = Path("adapter", "adapter_model.safetensors")
     assert (output_dir / adapter).read_bytes() == (whole / adapter).read_bytes()
 
