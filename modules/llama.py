@@ -16,13 +16,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightning_qlora.modules.linear_cross_entropy import LossHead
-from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype
+from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype, local_tensor
 from lightning_qlora.modules.weights import SafetensorsCheckpoint, load_weights, prequantized_state
 
 #: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
@@ -278,7 +277,7 @@ def init_lora(model: nn.Module, seed: int) -> None:
             full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             copy_local_rows(parameter, full.to(parameter.dtype))
         elif ".lora_B." in name:
-            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).zero_()
+            local_tensor(parameter).zero_()
 
 
 @dataclasses.dataclass(frozen=True)

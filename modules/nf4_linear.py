@@ -286,7 +286,7 @@ class NF4Linear(nn.Linear):
         copy_local_rows(self.weight, quantized.packed.view(STORAGE_DTYPE).view(self.out_features, -1))
         absmax = quantized.absmax
         if self.nested:
-            absmax = F.pad(absmax, (0, -absmax.numel() % _BYTES)).view(STORAGE_DTYPE)
+            absmax = as_storage(absmax)
             for name in ("code2", "absmax2", "offset"):
                 self.get_buffer(name).copy_(getattr(quantized, name))
         copy_local_rows(self.absmax, absmax)
@@ -350,6 +350,16 @@ def _frozen(*size: int, dtype: torch.dtype | None, device: torch.device | str | 
     return nn.Parameter(torch.empty(*size, dtype=dtype, device=device), requires_grad=False)
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``: its shard if it is a DTensor, else all of it (no copy)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_storage(packed: Tensor) -> Tensor:
+    """View uint8 ``packed`` [n] as ``STORAGE_DTYPE`` [ceil(n / 4)], padded with zero bytes to whole elements."""
+    return F.pad(packed, (0, -packed.numel() % _BYTES)).view(STORAGE_DTYPE)
+
+
 def local_rows(parameter: Tensor) -> tuple[int, int]:
     """First and one-past-last row (of dim 0) of ``parameter`` that this rank holds; all rows when it is not sharded.
 
@@ -371,7 +381,7 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
 def copy_local_rows(parameter: Tensor, full: Tensor) -> None:
     """Copy this rank's rows of ``full`` (shape of the unsharded parameter) into ``parameter``, dtype converted."""
     start, stop = local_rows(parameter)
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = local_tensor(parameter)
     local.copy_(full[start:stop])
 
 

@@ -32,6 +32,7 @@ from lightning_qlora.modules.llama import (
     load_config,
     materialize,
 )
+from lightning_qlora.modules.nf4_linear import local_tensor
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
 
 #: What micro-batches divide their loss sums by: any constant does, this one suits float16.
@@ -159,7 +160,7 @@ class QLoRALlama(L.LightningModule):
         scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
         for parameter in self._trained():
             if parameter.grad is not None:
-                _local(parameter.grad).mul_(scale)
+                local_tensor(parameter.grad).mul_(scale)
         self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
 
@@ -284,7 +285,3 @@ class QLoRALlama(L.LightningModule):
                 tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         ).strip()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

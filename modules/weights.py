@@ -18,7 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_qlora.modules.nf4_linear import STORAGE_DTYPE, NF4Linear, Quantized4bit, copy_local_rows, local_rows
+from lightning_qlora.modules.nf4_linear import (
+    STORAGE_DTYPE,
+    NF4Linear,
+    Quantized4bit,
+    as_storage,
+    copy_local_rows,
+    local_rows,
+    local_tensor,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -203,14 +211,13 @@ def _load_quantized(layer: NF4Linear, checkpoint: SafetensorsCheckpoint, name: s
         )
     row_bytes = layer.in_features // 2
     start, stop = local_rows(layer.weight)
-    local = layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
+    local = local_tensor(layer.weight)
     local.copy_(
         checkpoint.bytes(name, start * row_bytes, stop * row_bytes).clone().view(STORAGE_DTYPE).view(local.shape)
     )
     absmax = checkpoint.get(f"{name}.absmax")
     if layer.nested:
-        padding = -absmax.numel() % STORAGE_DTYPE.itemsize
-        absmax = nn.functional.pad(absmax, (0, padding)).view(STORAGE_DTYPE)
+        absmax = as_storage(absmax)
         layer.get_buffer("code2").copy_(checkpoint.get(f"{name}.nested_quant_map"))
         layer.get_buffer("absmax2").copy_(checkpoint.get(f"{name}.nested_absmax"))
         layer.get_buffer("offset").fill_(state["nested_offset"])
