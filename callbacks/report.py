@@ -1,18 +1,18 @@
-"""`report.json`: what a run was, what its losses were, how fast it went and how much memory it took."""
+"""`report.json` and `report.html`: what a run was, its losses, how fast it went and how much memory it took."""
 
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
@@ -20,12 +20,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qlora.callbacks.graceful_stop import GracefulStop
-from lightning_qlora.callbacks.measure import GIB, MemoryKind, StepMeter, TokensFn, count_tokens, peak_memory_bytes
+from lightning_qlora.callbacks.html_report import render_html
+from lightning_qlora.callbacks.measure import (
+    GIB,
+    MemoryKind,
+    TimedSteps,
+    TokensFn,
+    count_tokens,
+    gather,
+    peak_memory_bytes,
+)
 
 SCHEMA_VERSION = 1
 _DISTRIBUTIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "lightning-qlora")
 
-T = TypeVar("T")
 Status = Literal["running", "completed", "interrupted", "failed"]
 
 
@@ -62,7 +70,9 @@ class Report(TypedDict):
     model              --                 ``metadata["model"]``, else null
     metadata           --                 what else the recipe passed as ``metadata``
     versions           --                 of the packages that matter here, if installed, and of Python
-    sections           --                 what other callbacks contributed, by their key: see :class:`ReportSource`
+    sections           --                 what other callbacks contributed, by their key, in a form that they document
+                                          (``memory``: :class:`~lightning_qlora.callbacks.MemorySection`): see
+                                          :class:`ReportSource`
     ================== ================== ============================================================================
 
     A timed step's time reaches from the end of the step before to its own end on the host: waiting for data and writing
@@ -95,7 +105,7 @@ class Report(TypedDict):
 
 @runtime_checkable
 class ReportSource(Protocol):
-    """A callback that adds a section to the report; :class:`RunReport` finds it in the trainer by its shape."""
+    """A callback, or the LightningModule, that adds a section to the report; :class:`RunReport` knows it by its shape."""
 
     report_key: str
 
@@ -109,6 +119,9 @@ class ReportSource(Protocol):
 
 class RunReport(Callback):
     """Writes :class:`Report` to ``path`` when training starts, every few steps, at the end and on an exception.
+
+    At the end and on an exception also as a page to read, ``path`` with the suffix ``.html``. Of a run that was killed,
+    or at any time, ``write_html(load_report("report.json"), "report.html")`` makes it.
 
     Global rank 0 writes, into a temporary file that then replaces the old one: a reader never sees half a report. The
     losses so far are part of every checkpoint, so a resumed run's report covers the whole run; what the checkpoint
@@ -126,6 +139,7 @@ class RunReport(Callback):
         metadata: facts of the recipe, of JSON types; ``metadata["model"]`` becomes the field ``model``.
         flush_every_n_steps: optimizer steps between two writes.
         warmup_steps: first optimizer steps that are not timed (compilation, autotuning, allocator growth).
+        html: whether to write the page too.
 
     Raises:
         ValueError: if an argument is out of range or ``metadata`` is not JSON; in training, if ``loss_key`` was not
@@ -142,14 +156,15 @@ class RunReport(Callback):
         metadata: Mapping[str, Any] | None = None,
         flush_every_n_steps: int = 20,
         warmup_steps: int = 1,
+        html: bool = True,
     ) -> None:
         super().__init__()
+        if html and Path(path).suffix == ".html":
+            raise ValueError(f"path is {path}, but the page takes that name and the report is JSON: pass report.json")
         if flush_every_n_steps < 1:
             raise ValueError(
                 f"flush_every_n_steps is {flush_every_n_steps}, but the report can be written every 1 or more"
             )
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {warmup_steps}, but it counts steps: pass 0 or more")
         try:
             json.dumps(metadata)
         except (TypeError, ValueError) as error:
@@ -160,11 +175,11 @@ class RunReport(Callback):
         if not isinstance(model, str | None):
             raise ValueError(f"metadata['model'] is {model!r}, but it names the model: pass a str")
         self.path = Path(path)
+        self.html = html
         self.loss_key = loss_key
         self.val_loss_key = val_loss_key
         self.metadata = dict(metadata or {})
         self.flush_every_n_steps = flush_every_n_steps
-        self.warmup_steps = warmup_steps
 
         self._losses: list[float] = []  # NaN where unknown; null only in the file
         self._pending: list[Tensor] = []
@@ -173,9 +188,7 @@ class RunReport(Callback):
         self._started = False
         self._resumed_from_step = 0
 
-        self._meter = StepMeter(tokens_fn)
-        self._step_seconds: list[float] = []
-        self._tokens: int | Tensor | None = 0
+        self._steps = TimedSteps(tokens_fn, warmup_steps)
         self._tokens_per_s: float | None = None
         self._peak_memory_gib: list[float] = []
         self._devices: list[str] = []
@@ -204,17 +217,17 @@ class RunReport(Callback):
         self._val_losses = [pair for pair in self._val_losses if pair[0] <= done]
         self._start_time = (self._start_time if done else None) or _now()
         self._started = True
-        self._step_seconds, self._tokens, self._tokens_per_s = [], 0, None
-        self._devices = _gather(_device_name(trainer.strategy.root_device))
+        self._steps.start(done)
+        self._devices = gather(_device_name(trainer.strategy.root_device))
         self._measure(trainer)
         self._write(trainer, "running")
-        self._meter.start(done)
+        self._steps.start(done)  # again: the first step does not wait for the file
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = self._meter.update(batch, trainer.global_step)
+        step, _ = self._steps.update(batch, trainer.global_step)
         if step is None:
             return
         metrics = trainer.callback_metrics
@@ -227,9 +240,6 @@ class RunReport(Callback):
         self._pending += [metrics[self.loss_key].detach().clone()] * step.count
 
         done_here = trainer.global_step - self._resumed_from_step
-        if done_here > self.warmup_steps:
-            self._step_seconds += [step.seconds / step.count] * step.count
-            self._tokens = None if step.tokens is None or self._tokens is None else self._tokens + step.tokens
         if done_here == step.count and step.tokens is None:
             rank_zero_warn(
                 f"RunReport cannot tell the tokens of a batch of type {type(batch).__name__} (no 'num_tokens', no"
@@ -241,11 +251,11 @@ class RunReport(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._meter.pause()
+        self._steps.pause()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._meter.resume()
+        self._steps.resume()
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         if (loss := trainer.callback_metrics.get(self.val_loss_key)) is not None:
@@ -274,7 +284,8 @@ class RunReport(Callback):
             return  # training has not begun: this is the report of the run that was to be resumed
         # Other ranks may be gone: figures that need them stay as of the last write.
         if trainer.world_size == 1:
-            self._measure(trainer)
+            with suppress(RuntimeError):  # after a CUDA error nothing can be read from the device any more
+                self._measure(trainer)
         # SystemExit: Lightning's SIGTERMException is one.
         status: Status = "interrupted" if isinstance(exception, KeyboardInterrupt | SystemExit) else "failed"
         try:
@@ -293,11 +304,10 @@ class RunReport(Callback):
     def _measure(self, trainer: pl.Trainer) -> None:
         """Gather tokens and memory from all ranks (a collective: all ranks call it at the same step)."""
         peak, _ = peak_memory_bytes(trainer.strategy.root_device)
-        ranks = _gather((None if self._tokens is None else int(self._tokens), peak))
+        tokens = self._steps.tokens
+        ranks = gather((None if tokens is None else int(tokens), peak))
         self._peak_memory_gib = [peak / GIB for _, peak in ranks]
-        tokens = [count for count, _ in ranks if count is not None]
-        seconds = sum(self._step_seconds)
-        self._tokens_per_s = sum(tokens) / seconds if len(tokens) == len(ranks) and seconds > 0 else None
+        self._tokens_per_s = self._steps.tokens_per_s([count for count, _ in ranks])
 
     def _write(self, trainer: pl.Trainer, status: Status, error: str | None = None) -> None:
         if not trainer.is_global_zero:
@@ -314,10 +324,8 @@ class RunReport(Callback):
             losses=list(self._losses),
             val_losses=list(self._val_losses),
             tokens_per_s=self._tokens_per_s,
-            step_time_s={"p50": percentile(self._step_seconds, 0.5), "p95": percentile(self._step_seconds, 0.95)}
-            if self._step_seconds
-            else None,
-            warmup_steps=self.warmup_steps,
+            step_time_s=self._steps.step_time_s(),
+            warmup_steps=self._steps.warmup_steps,
             peak_memory_gib=self._peak_memory_gib,
             memory_kind=peak_memory_bytes(trainer.strategy.root_device)[1],
             world_size=trainer.world_size,
@@ -330,14 +338,27 @@ class RunReport(Callback):
             sections=_sections(trainer),
         )
         write_json(self.path, report)
+        if self.html and status != "running":
+            # As a reader of the file would see it: JSON knows neither NaN nor tuples.
+            write_html(load_report(self.path), self.path.with_suffix(".html"))
+
+
+def write_html(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write ``report`` (from :func:`load_report`) as a page that needs no other file, no script and no network."""
+    write_text(Path(path), render_html(report))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, non-finite floats as ``null``; ``path`` is the old or the new file at any time."""
+    """Write ``value`` as JSON, non-finite floats as ``null``, as :func:`write_text` does."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``; ``path``, whose directory is created, is the old or the new file at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -371,24 +392,6 @@ def load_report(path: str | os.PathLike[str]) -> Report:
     return cast(Report, value)
 
 
-def percentile(values: list[float], fraction: float) -> float:
-    """The value below which ``fraction`` (0 to 1) of ``values`` lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-def _gather(value: T) -> list[T]:
-    """``value`` of every rank, in order of rank; a collective if there are several."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
     return callbacks
@@ -396,7 +399,7 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 def _sections(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = {}
-    for source in _callbacks(trainer):
+    for source in [*_callbacks(trainer), trainer.lightning_module]:
         if isinstance(source, ReportSource) and (section := source.report_section()) is not None:
             sections[source.report_key] = dict(section)
     return sections

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_qlora.callbacks import GracefulStop, Report, RunReport, load_report
-from lightning_qlora.callbacks.report import _FIELDS, percentile, write_json
+from lightning_qlora.callbacks.report import _FIELDS, write_json
 
 LOSSES = [4.0, 3.0, 2.5, 2.25, 2.0, 1.5, 1.25, 1.0]
 
@@ -46,7 +46,7 @@ def test_a_completed_run_in_exact_figures(path: Path, trainer: Make, module: Mak
     assert {"python", "lightning", "transformers", "peft", "bitsandbytes"} <= result["versions"].keys()
     assert result["end_time"] is not None
     assert result["start_time"] <= result["end_time"]
-    assert sorted(file.name for file in path.parent.iterdir()) == ["report.json"]  # no temporary file is left
+    assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]  # nothing temporary
 
 
 def test_the_first_steps_are_not_timed(path: Path, trainer: Make, module: Make, batches: Make, clock: Any) -> None:
@@ -105,6 +105,18 @@ def test_an_exception_is_reported_and_raised(path: Path, trainer: Make, module: 
     assert result["losses"] == LOSSES[:3]
     assert result["tokens_per_s"] == 5.0
     assert result["end_time"] is not None
+
+
+def test_what_cannot_be_read_any_more_does_not_hide_the_runs_own_error(
+    path: Path, trainer: Make, module: Make, batches: Make
+) -> None:
+    """As after a CUDA error; reading a meta tensor raises too."""
+    report = RunReport(path, tokens_fn=lambda batch: torch.ones((), device="meta"))
+    with pytest.raises(RuntimeError, match="full of gradients"):
+        trainer(report, enable_checkpointing=False).fit(module(fail_at=3), batches(LOSSES))
+    result = load_report(path)
+    assert result["status"] == "failed"
+    assert result["losses"] == LOSSES[:3]
 
 
 def test_a_failure_before_the_first_step_is_reported_but_replaces_no_report(
@@ -300,9 +312,3 @@ def test_what_is_not_a_report_is_refused(valid: dict[str, Any], path: Path) -> N
             load_report(path)
     with pytest.raises(FileNotFoundError):
         load_report(path.with_name("other.json"))
-
-
-def test_percentiles_interpolate() -> None:
-    assert percentile([5.0], 0.95) == 5.0
-    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert percentile([float(i) for i in range(101)], 0.95) == 95.0
