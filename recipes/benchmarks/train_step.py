@@ -1,0 +1,474 @@
+"""Measure one configuration of QLoRA training on random weights of a named shape: ours, or a peer's same work.
+
+    python recipes/benchmarks/train_step.py --shape llama-3.1-8b --batch_size 2
+    python recipes/benchmarks/train_step.py --shape llama-3.1-8b --batch_size 2 --devices 2 --memory_cap_gib 14.5
+    python recipes/benchmarks/train_step.py --shape llama-3.1-8b --batch_size 2 --peer hf
+    python recipes/benchmarks/train_step.py --shape llama-3.1-8b --batch_size 2 --peer accelerate --devices 2
+
+About half a minute each for 8B on an H200; the first run of a shape writes its checkpoint (6 GB for 8B). Without a GPU
+it runs the tiny shape on CPU processes. All get the same base weights and the same random tokens, full sequences
+without padding, AdamW on float32 adapters and gradients clipped to norm 1. Peers are ``hf``, plain transformers + peft
++ bitsandbytes (under DDP with more than one device), and ``accelerate``, the same with accelerate's FSDP2.
+
+A run adds one row to ``results/train_step.json``, and all its figures under ``runs``. A step's time is that between the
+ends of two steps, with the device synchronized; warm-up steps, where compilation happens, do not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
+from peft import get_peft_model
+from record import RESULTS, save_record
+from shapes import SHAPES, LlamaShape, write_random_checkpoint
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lightning_qlora.modules.capabilities import check_devices, check_precision, compute_dtype, default_precision
+from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.compilation import CompileMode
+from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.strategies import StrategyName, build_strategy
+
+GIB = 2**30
+LEARNING_RATE = 1e-4
+CHECKPOINTS = Path(tempfile.gettempdir()) / "lightning_qlora_benchmarks"
+COLUMNS = [
+    "what", "shape", "precision", "devices", "batch x tokens a device", "r", "tokens/s", "step p50, ms",
+    "peak GPU, GiB", "peak GPU while loading, GiB", "load, s", "host peak while loading, GiB",
+]  # fmt: skip
+
+
+def main(
+    shape: Literal["tiny", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b"] | None = None,
+    batch_size: int = 2,
+    seq_len: int | None = None,
+    devices: int = 1,
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
+    strategy: StrategyName = "fsdp2",
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+    prefetch: int = 0,
+    checkpoint_activations: bool = True,
+    compile: CompileMode = "off",
+    memory_cap_gib: float | None = None,
+    steps: int = 8,
+    warmup: int = 3,
+    lora_r: int = 64,
+    profile: bool = False,
+    peer: Literal["hf", "accelerate"] | None = None,
+    quantized: bool = True,
+    checkpoints: Path = CHECKPOINTS,
+    results: Path = RESULTS,
+    commit: str | None = None,
+) -> int:
+    """Measure, print and record one configuration.
+
+    Args:
+        shape: Of the model; default llama-3.2-1b on a GPU, tiny on CPU.
+        batch_size: Samples a step on each device.
+        seq_len: Tokens a sample; default 2048 on a GPU, 32 on CPU.
+        devices: GPUs, or processes where there is no GPU.
+        precision: As the recipes' flag.
+        strategy: Ours; a peer has its own.
+        offload: Keep sharded weights and optimizer state in host memory (not with a peer).
+        reshard_after_forward: Gather layers again for backward, rather than keep them (not with a peer).
+        prefetch: Layers gathered ahead; 0 leaves it to FSDP2 (not with a peer).
+        checkpoint_activations: Recompute each layer in backward.
+        compile: As of QLoRALlama (not with a peer).
+        memory_cap_gib: The most that PyTorch may reserve on each GPU: a T4 has about 14.5.
+        steps: Measured steps.
+        warmup: Steps before them.
+        lora_r: Rank of the adapters on all seven projections; alpha is twice that.
+        profile: Also write where the GPU's time goes in one more step, next to the results.
+        peer: Measure this in place of lightning-qlora.
+        quantized: Start from a bitsandbytes 4-bit checkpoint, else from a bfloat16 one.
+        checkpoints: Where checkpoints of random weights are kept.
+        results: Directory of the record.
+        commit: Of the code measured; read from git unless given.
+    """
+    positive(batch_size=batch_size, devices=devices, steps=steps, warmup=warmup, lora_r=lora_r)
+    check_devices(devices)
+    on_gpu = torch.cuda.is_available()
+    precision = default_precision() if precision == "auto" else check_precision(precision)
+    shape = shape or ("llama-3.2-1b" if on_gpu else "tiny")
+    seq_len = seq_len or (2048 if on_gpu else 32)
+    of_ours = offload or prefetch or not reshard_after_forward or compile != "off" or strategy != "fsdp2"
+    if peer and (of_ours or precision == "bf16-true" or not quantized):
+        raise ValueError(
+            "A peer takes no --strategy, --offload, --prefetch, --reshard_after_forward or --compile, starts from 4 "
+            "bits, and trains in 32-true, 16-mixed or bf16-mixed. Leave these flags out."
+        )
+    if peer == "accelerate" and (devices < 2 or not on_gpu):
+        raise ValueError("--peer accelerate needs --devices 2 or more GPUs: accelerate does not shard otherwise.")
+    if memory_cap_gib is not None and not on_gpu:
+        raise ValueError("--memory_cap_gib limits GPU memory, and there is no GPU.")
+    own_strategy = build_strategy(
+        strategy, devices=devices, precision=precision, cpu_offload=offload,
+        reshard_after_forward=reshard_after_forward, prefetch=prefetch,
+    )  # fmt: skip
+    directory = checkpoint_of(shape, checkpoints, quantized)
+    if peer and devices > 1 and "RANK" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
+        return subprocess.run([*torchrun, *sys.argv], check=False).returncode
+
+    meter = Meter(steps, warmup, memory_cap_gib, with_profile=profile)
+    batches = functools.partial(random_batches, SHAPES[shape], batch_size, seq_len, meter.total_steps)
+    if peer:
+        train_peer(peer, directory, batches, meter, precision, checkpoint_activations, lora_r)
+    else:
+        module = QLoRALlama(
+            directory, default_lora(lora_r), learning_rate=LEARNING_RATE, schedule="constant",
+            checkpoint_activations=checkpoint_activations, compile=compile,
+        )  # fmt: skip
+        train_ours(module, batches, meter, devices, own_strategy)
+    figures = meter.gather()
+    if figures is None:
+        return 0
+
+    figures["tokens_per_s"] = batch_size * seq_len * devices / (figures["step_ms"]["p50"] / 1000)
+    what = {None: f"lightning-qlora {strategy}", "hf": "transformers + peft", "accelerate": "accelerate FSDP2"}[peer]
+    options = {
+        f"compile {compile}": compile != "off",
+        "offload": offload,
+        "no resharding": not reshard_after_forward,
+        f"prefetch {prefetch}": prefetch,
+        "no checkpointing": not checkpoint_activations,
+        "16-bit checkpoint": not quantized,
+        f"cap {memory_cap_gib} GiB": memory_cap_gib,
+    }
+    settings = [", ".join([what, *(name for name, is_set in options.items() if is_set)]), shape, precision, devices,
+                f"{batch_size} x {seq_len}", lora_r]  # fmt: skip
+    record_run(settings, figures, results, commit, meter.profile_table() if profile else None)
+    return 0
+
+
+def checkpoint_of(name: str, directory: Path, quantized: bool) -> Path:
+    """The checkpoint of a shape below ``directory``, written if it is not there.
+
+    Raises:
+        ValueError: If there is one of other sizes.
+    """
+    path, shape = directory / f"{name}-{'4bit' if quantized else 'bf16'}", SHAPES[name]
+    if not path.exists():
+        return write_random_checkpoint(path, shape, quantized=quantized)
+    config = LlamaConfig.from_pretrained(path)
+    if any(getattr(config, size) != value for size, value in vars(shape).items()):
+        raise ValueError(f"{path} holds a model of other sizes than {shape}. Remove it.")
+    return path
+
+
+def random_batches(shape: LlamaShape, batch_size: int, seq_len: int, count: int, rank: int) -> list[dict[str, Any]]:
+    """``count`` batches for a rank, in the form that QLoRALlama takes: input_ids and labels int64 [B, S]."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(shape.vocab_size, (batch_size, seq_len), generator=generator)
+        batches.append({"input_ids": ids, "labels": ids, "num_loss_tokens": batch_size * (seq_len - 1)})
+    return batches
+
+
+class Meter(L.Callback):
+    """Times the load and each step, and reads peaks of memory; as a Lightning callback, or by hand in a peer's loop.
+
+    Order of calls: :meth:`begin`, :meth:`loaded`, then :meth:`step_begins` and :meth:`step_ended` for each step.
+    """
+
+    def __init__(self, steps: int, warmup: int, memory_cap_gib: float | None, *, with_profile: bool) -> None:
+        self.steps, self.warmup, self.cap, self.with_profile = steps, warmup, memory_cap_gib, with_profile
+        self.total_steps = warmup + steps + with_profile
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+        self.figures: dict[str, Any] = {}
+
+    def begin(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            if self.cap is not None:
+                total = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, self.cap * GIB / total), device)
+            self._synchronize()  # creates the CUDA context: its host memory is no part of the load
+        self._host = HostPeak()
+        self._began = perf_counter()
+
+    def loaded(self) -> None:
+        self._synchronize()
+        self._loaded = perf_counter()
+        self.figures["load_s"] = self._loaded - self._began
+        self.figures["load_host_gib"] = self._host.stop() / GIB
+        self._read_peaks("load")
+
+    def step_begins(self) -> None:
+        if self.with_profile and len(self.ends) == self.total_steps - 1:
+            activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+            self._profiler = torch.profiler.profile(activities=[activity])
+            self._profiler.start()
+
+    def step_ended(self, loss: Any) -> None:
+        self._synchronize()
+        self.ends.append(perf_counter())
+        if self.with_profile and len(self.ends) == self.total_steps:
+            self._profiler.stop()
+        self.losses.append(float(loss))
+        if len(self.ends) == 1:
+            self.figures["first_step_s"] = self.ends[0] - self._loaded
+        if len(self.ends) == self.warmup:
+            self._read_peaks("warmup")
+        if len(self.ends) == self.total_steps - self.with_profile:
+            self._read_peaks("train")
+
+    def gather(self) -> dict[str, Any] | None:
+        """On rank 0 the figures, with one list entry a rank except for ``step_ms`` and ``losses``; else ``None``."""
+        ranks = [self.figures]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ranks = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(ranks, self.figures)
+            if dist.get_rank() != 0:
+                return None
+        times = self._step_ms()[: self.steps]
+        p20, p50, p80 = (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7)) if times[1:] else times * 3
+        figures = {name: [rank[name] for rank in ranks] for name in self.figures}
+        return {"step_ms": {"p20": p20, "p50": p50, "p80": p80, "all": times}, **figures, "losses": self.losses}
+
+    def profile_table(self) -> str:
+        """What ran on this rank's device in the profiled step, the 40 longest first, and how long it was busy."""
+        gpu = self.device.type == "cuda"
+        kind = "CUDA" if gpu else "CPU"
+        events: list[Any] = self._profiler.events()  # type: ignore[no-untyped-call]
+        events = [e for e in events if e.device_type.name == kind and not e.is_user_annotation]
+        total: dict[str, tuple[float, int]] = {}
+        busy = end = 0.0
+        for event in sorted(events, key=lambda e: e.time_range.start):
+            own = event.self_device_time_total if gpu else event.self_cpu_time_total
+            name = event.name.removeprefix("void ").replace("at::native::", "")[:150]
+            time, count = total.get(name, (0.0, 0))
+            total[name] = time + own / 1000, count + 1
+            busy += max(0.0, event.time_range.end - max(end, event.time_range.start)) / 1000
+            end = max(end, event.time_range.end)
+        *times, profiled = self._step_ms()
+        head = (
+            f"One step of rank 0: {profiled:.1f} ms ({median(times):.1f} ms without the profiler), the device busy for "
+            f"{busy:.1f} ms. {len(events)} kernels, copies and fills of {sum(t for t, _ in total.values()):.1f} ms:"
+        )
+        longest = sorted(total.items(), key=lambda item: -item[1][0])[:40]
+        return "\n".join([head, "      ms   count  name", *(f"{t:8.3f} {n:7d}  {name}" for name, (t, n) in longest)])
+
+    def _step_ms(self) -> list[float]:
+        """Of the steps after warm-up, the profiled one included."""
+        ends = self.ends[self.warmup - 1 :]
+        return [(end - start) * 1000 for start, end in itertools.pairwise(ends)]
+
+    def _read_peaks(self, phase: str) -> None:
+        gpu = self.device.type == "cuda"
+        self.figures[f"{phase}_allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB if gpu else 0.0
+        self.figures[f"{phase}_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB if gpu else 0.0
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- as a callback
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.begin(trainer.strategy.root_device)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.loaded()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.step_begins()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.step_ended(trainer.callback_metrics["train_loss"])
+
+
+class HostPeak:
+    """Peak of this process's own memory (anonymous and shared pages) above what it had, sampled every 2 ms.
+
+    Pages of mapped files are left out: they are the page cache's, and the kernel takes them back when it needs them.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._peak = self._bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """End sampling and return the peak in bytes."""
+        self._stop.set()
+        self._thread.join()
+        return self._peak - self._start
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.002):
+            self._peak = max(self._peak, self._bytes())
+
+    @staticmethod
+    def _bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+class RandomData(L.LightningDataModule):
+    """Each rank's own batches, from a function of the rank."""
+
+    def __init__(self, batches: Callable[[int], list[dict[str, Any]]]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The batches as they are."""
+        assert self.trainer is not None
+        return DataLoader(self.batches(self.trainer.global_rank), batch_size=None)  # type: ignore[arg-type]
+
+
+def train_ours(
+    module: QLoRALlama, batches: Callable[[int], list[dict[str, Any]]], meter: Meter, devices: int, strategy: Strategy
+) -> None:
+    """Train with the recipe's own stack."""
+    trainer = L.Trainer(
+        devices=devices,
+        strategy=strategy,
+        max_steps=meter.total_steps,
+        gradient_clip_val=1.0,
+        inference_mode=False,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[meter],
+    )
+    trainer.fit(module, RandomData(batches))
+
+
+def train_peer(
+    peer: str, directory: Path, batches: Callable[[int], list[dict[str, Any]]], meter: Meter, precision: str,
+    checkpoint_activations: bool, lora_r: int,
+) -> None:  # fmt: skip
+    """Train with transformers, peft and bitsandbytes; on several devices under DDP or accelerate's FSDP2."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = compute_dtype(precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    meter.begin(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+    if checkpoint_activations:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(model, default_lora(lora_r)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    backward: Callable[[Tensor], None]
+    if peer == "accelerate":
+        from accelerate import Accelerator
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        mixed = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
+        accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(isinstance(p, DTensor) for p in trained), "accelerate did not shard"
+        backward, clip, step = accelerator.backward, accelerator.clip_grad_norm_, optimizer.step
+    else:
+        if world_size > 1:
+            model = nn.parallel.DistributedDataParallel(model, device_ids=[rank] if device.type == "cuda" else None)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "16-mixed")
+        clip = nn.utils.clip_grad_norm_
+
+        def backward(loss: Tensor) -> None:
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
+
+        def step() -> None:
+            scaler.step(optimizer)
+            scaler.update()
+
+    meter.loaded()
+    for batch in batches(rank):
+        meter.step_begins()
+        ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+        with torch.autocast(device.type, dtype, enabled=precision.endswith("mixed")):
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        backward(loss)
+        clip(trained, 1.0)
+        step()
+        optimizer.zero_grad()
+        meter.step_ended(loss.detach())
+
+
+def record_run(
+    settings: list[Any], figures: dict[str, Any], directory: Path, commit: str | None, profile: str | None
+) -> None:
+    """Print a run and add it to the record, which keeps its other rows if they are of the same machine and code.
+
+    Args:
+        settings: The first cells of the row, which tell it from others.
+        figures: From :meth:`Meter.gather`, with ``tokens_per_s``.
+        directory: Of the record.
+        commit: Of the code measured.
+        profile: A table for a text file of its own.
+    """
+    label = ", ".join(str(value) for value in settings)
+    print(json.dumps({"run": label, **figures}, indent=1))
+    row = [
+        *settings, figures["tokens_per_s"], figures["step_ms"]["p50"], max(figures["train_allocated_gib"]),
+        max(figures["load_allocated_gib"]), max(figures["load_s"]), max(figures["load_host_gib"]),
+    ]  # fmt: skip
+    path = directory / "train_step.json"
+    before = json.loads(path.read_text()) if path.is_file() else None
+    notes = "Random weights; tokens/s of all devices together; the host's peak is above what it had before."
+    save = functools.partial(save_record, "train_step", COLUMNS, notes=notes, directory=directory, commit=commit)
+    now = json.loads(save([row], runs={label: figures}).read_text())
+    if before and all(before[key] == now[key] for key in ("device", "versions", "commit")):
+        others = [old for old in before["rows"] if old[: len(settings)] != settings]
+        save([*others, row], runs=before["runs"] | {label: figures})
+    elif before:
+        print(f"{path} was of another machine, version or commit: its {len(before['rows'])} rows are replaced.")
+    if profile is not None:
+        print(profile)
+        slug = re.sub(r"[^\w.]+", "-", label)
+        (directory / f"train_step-{slug}.profile.txt").write_text(f"{label}\n{profile}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main))

@@ -1,0 +1,252 @@
+"""Random checkpoints for benchmarks, and the training benchmark from its command line on the tiny shape."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_qlora.modules.llama import build_llama, default_lora, materialize
+from lightning_qlora.modules.nf4_linear import NF4Linear
+from lightning_qlora.modules.weights import SafetensorsCheckpoint
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[None]:
+    """Benchmarks import each other as scripts of one directory do."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def shapes(scripts: None) -> ModuleType:
+    return import_module("shapes")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds tiny-4bit and tiny-bf16."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for name, quantized in (("tiny-4bit", True), ("tiny-bf16", False)):
+        shapes.write_random_checkpoint(directory / name, shapes.SHAPES["tiny"], quantized=quantized)
+    return directory
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # As on the models' cards, and for 32B without the biases that a Llama lacks.
+    [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("qwen2.5-32b", 32_763_876_352 - 458_752)],
+)
+def test_named_shapes_have_the_size_of_their_models(shapes, name, parameters):
+    with torch.device("meta"):
+        model = transformers_llama(shapes.SHAPES[name].config())
+    assert model.num_parameters() == parameters
+    layer = model.model.layers[0]
+    assert shapes.SHAPES[name].projections() == {
+        n: tuple(m.weight.shape) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)
+    }
+
+
+def transformers_llama(config: Any) -> Any:
+    return import_module("transformers").LlamaForCausalLM(config)
+
+
+def test_a_4bit_checkpoint_is_what_bitsandbytes_reads(checkpoints, stock_4bit_llama):
+    directory = checkpoints / "tiny-4bit"
+    stock = stock_4bit_llama(directory)
+    model = build_llama(SafetensorsCheckpoint(directory), default_lora(2))
+    materialize(model, SafetensorsCheckpoint(directory), torch.device("cpu"), seed=0)
+    ours = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    theirs = {n: m for n, m in stock.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 14
+    for name, layer in theirs.items():
+        state = layer.weight.quant_state
+        expected = bnb.functional.dequantize_4bit(layer.weight.data, state)
+        torch.testing.assert_close(ours[name].dequantize(torch.bfloat16), expected, rtol=0, atol=0)
+        scale = ours[name].dequantize().std() * layer.in_features**0.5
+        assert 0.9 < scale < 1.1
+
+
+@pytest.mark.parametrize("name", ["tiny-4bit", "tiny-bf16"])
+def test_activations_keep_their_size_and_losses_are_near_chance(checkpoints, name):
+    checkpoint = SafetensorsCheckpoint(checkpoints / name)
+    model = build_llama(checkpoint, default_lora(2))
+    materialize(model, checkpoint, torch.device("cpu"), seed=0)
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
+    loss = model(input_ids=ids, labels=ids).loss
+    assert math.log(300) < loss < math.log(300) + 1
+
+
+def test_seeds_tell_checkpoints_apart(shapes, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        shapes.write_random_checkpoint(tmp_path / name, shapes.SHAPES["tiny"], seed=seed)
+    a, b, c = (load_file(tmp_path / name / "model-00001-of-00003.safetensors") for name in "abc")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(a[name], b[name])
+    assert not torch.equal(a[name], c[name])
+
+
+def test_an_existing_directory_is_left_alone(shapes, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="there exists already"):
+        shapes.write_random_checkpoint(tmp_path / "there", shapes.SHAPES["tiny"])
+
+
+def test_a_write_that_fails_leaves_nothing_behind(shapes, tmp_path, monkeypatch):
+    written = []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, **_: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(shapes, "save_file", save)
+    with pytest.raises(OSError, match="disk full"):
+        shapes.write_random_checkpoint(tmp_path / "model", shapes.SHAPES["tiny"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- train_step.py
+
+
+def run(checkpoints: Path, results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), f"--checkpoints={checkpoints}"]
+    command += [f"--results={results}", "--shape=tiny", "--warmup=2", "--steps=3", "--lora_r=4", *flags]
+    # No GPU, so that peers compute what is computed here wherever the test runs.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def record(results: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((results / "train_step.json").read_text())
+    return loaded
+
+
+def test_ours_and_its_peer_do_the_same_work_and_share_a_record(checkpoints, tmp_path):
+    for flags in (["--profile", "--commit=a"], ["--peer=hf", "--commit=a"]):
+        done = run(checkpoints, tmp_path, "--precision=32-true", *flags)
+        assert done.returncode == 0, done.stderr
+    found = record(tmp_path)
+    assert [row[0] for row in found["rows"]] == ["lightning-qlora fsdp2", "transformers + peft"]
+    assert all(len(row) == len(found["columns"]) for row in found["rows"])
+    ours, peer = found["runs"].values()
+    # bitsandbytes rounds dequantized weights to the dtype that was quantized, bfloat16.
+    assert ours["losses"][0] == pytest.approx(peer["losses"][0], abs=5e-3)
+    for name, figures in found["runs"].items():
+        profiled = "lightning" in name
+        assert len(figures["losses"]) == 5 + profiled
+        assert figures["losses"][-1] != figures["losses"][0]
+        assert len(figures["step_ms"]["all"]) == 3
+        assert 0 < figures["step_ms"]["p20"] <= figures["step_ms"]["p50"] <= figures["step_ms"]["p80"]
+        assert figures["tokens_per_s"] == pytest.approx(2 * 32 / figures["step_ms"]["p50"] * 1000)
+        assert figures["load_s"][0] > 0
+        assert figures["first_step_s"][0] > 0
+        assert len(figures["train_allocated_gib"]) == 1
+    (profile,) = tmp_path.glob("*.profile.txt")
+    assert "lightning-qlora fsdp2, tiny" in profile.read_text()
+    assert "lightning_qlora::dequantize_4bit" in profile.read_text()
+
+
+def test_two_processes_report_both_and_replace_rows_of_another_commit(checkpoints, tmp_path):
+    (tmp_path / "train_step.json").write_text(
+        json.dumps({"device": "", "versions": {}, "commit": "old", "rows": [[1]], "runs": {}})
+    )
+    done = run(checkpoints, tmp_path, "--devices=2", "--precision=bf16-mixed", "--commit=new", "--quantized=false")
+    assert done.returncode == 0, done.stderr
+    assert "its 1 rows are replaced" in done.stdout
+    (row,) = record(tmp_path)["rows"]
+    assert row[:6] == ["lightning-qlora fsdp2, 16-bit checkpoint", "tiny", "bf16-mixed", 2, "2 x 32", 4]
+    (figures,) = record(tmp_path)["runs"].values()
+    assert len(figures["load_s"]) == len(figures["train_allocated_gib"]) == 2
+    assert figures["tokens_per_s"] == pytest.approx(2 * 2 * 32 / figures["step_ms"]["p50"] * 1000)
+
+
+@pytest.mark.slow
+def test_a_peer_on_two_processes_trains_under_ddp(checkpoints, tmp_path):
+    done = run(checkpoints, tmp_path, "--devices=2", "--precision=32-true", "--peer=hf")
+    assert done.returncode == 0, done.stderr
+    (figures,) = record(tmp_path)["runs"].values()
+    assert len(figures["load_s"]) == 2
+
+
+@pytest.fixture(scope="module")
+def train_step(scripts: None) -> ModuleType:
+    return import_module("train_step")
+
+
+def test_every_shape_can_be_asked_for(train_step, shapes):
+    choices = next(choice for choice in get_args(get_type_hints(train_step.main)["shape"]) if choice is not type(None))
+    assert set(get_args(choices)) == set(shapes.SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"peer": "hf", "offload": True}, "A peer takes no --strategy, --offload"),
+        ({"peer": "hf", "strategy": "ddp"}, "A peer takes no --strategy, --offload"),
+        ({"peer": "hf", "quantized": False}, "starts from 4 bits"),
+        ({"strategy": "single", "devices": 2}, "'single' uses one device"),
+        ({"peer": "accelerate"}, "needs --devices 2 or more GPUs"),
+        ({"warmup": 0}, "--warmup must be at least 1"),
+        ({"memory_cap_gib": 14.5}, "there is no GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_written(
+    train_step, tmp_path, flags, message, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train_step.main(shape="tiny", checkpoints=tmp_path, results=tmp_path, **flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(train_step, shapes, tmp_path):
+    shapes.write_random_checkpoint(tmp_path / "llama-3.2-1b-4bit", shapes.SHAPES["tiny"])
+    with pytest.raises(ValueError, match=r"holds a model of other sizes than LlamaShape\(num_hidden_layers=16"):
+        train_step.checkpoint_of("llama-3.2-1b", tmp_path, True)
+
+
+def test_the_device_is_busy_once_where_kernels_overlap(train_step, monkeypatch):
+    meter = train_step.Meter(2, 1, None, with_profile=True)
+    meter.device, meter.ends = torch.device("cpu"), [0.0, 0.010, 0.020, 0.032]
+
+    def event(name: str, start: float, end: float, kind: str = "CPU", note: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name=kind), is_user_annotation=note, self_cpu_time_total=end - start,
+            time_range=SimpleNamespace(start=start, end=end),
+        )  # fmt: skip
+
+    events = [
+        event("a", 0, 4000),
+        event("b", 2000, 6000),
+        event("a", 3000, 5000),
+        event("b", 8000, 9000),
+        event("note", 0, 9000, note=True),
+        event("other", 0, 9000, "CUDA"),
+    ]
+    meter._profiler = SimpleNamespace(events=lambda: events)
+    head, _, *rows = meter.profile_table().splitlines()
+    assert head == (
+        "One step of rank 0: 12.0 ms (10.0 ms without the profiler), the device busy for 7.0 ms. "
+        "4 kernels, copies and fills of 11.0 ms:"
+    )
+    assert [row.split() for row in rows] == [["6.000", "2", "a"], ["5.000", "2", "b"]]
