@@ -2,7 +2,8 @@
 
 Each is written as the formula reads and differentiated by autograd. Logits are upcast to float32 inside; settings are
 keyword arguments, to be fixed with ``functools.partial``. Nothing here mixes tokens, except :func:`dpo`, which takes
-the log-probabilities that come out of :func:`token_log_probs`.
+the log-probabilities that come out of :func:`token_log_probs`. A label outside [0, V) that is not ignored makes its
+token's value NaN: to raise instead, the host would have to wait for the device.
 
 Shapes: C tokens of a chunk, V vocabulary, H a teacher's hidden size, P preference pairs, S tokens of a sequence.
 """
@@ -179,5 +180,6 @@ def _log_normalizer(x: Tensor) -> Tensor:
 
 
 def _at(x: Tensor, labels: Tensor) -> Tensor:
-    """``x[i, labels[i]]``; an arbitrary value, without an error, for labels outside [0, V)."""
-    return x.gather(-1, labels.clamp(0, x.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    """``x[i, labels[i]]``, NaN for labels outside [0, V)."""
+    nearest = labels.clamp(0, x.shape[-1] - 1)
+    return torch.where(labels == nearest, x.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), torch.nan)

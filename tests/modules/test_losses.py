@@ -104,6 +104,20 @@ def test_softmax_is_in_float32(loss: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(value.double(), loss(logits.double(), LABELS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.focal, losses.token_log_probs])
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_a_label_outside_the_vocabulary_shows(loss: Any, wrong: int) -> None:
+    labels = torch.tensor([1, wrong, -100, 2])
+    logits = draw(4, V).requires_grad_()
+    each = loss(logits, labels)
+    assert each.isnan().tolist() == [False, True, False, False]
+    (gradient,) = torch.autograd.grad(each.sum(), logits)
+    assert gradient[[0, 2, 3]].isfinite().all()  # as if it were not there
+    message = "hidden and weight are finite: .* or gets a label outside"
+    with pytest.raises(ValueError, match=message):
+        linear_loss(HIDDEN[:4], WEIGHT, labels, loss=loss, check_finite=True)
+
+
 def test_large_logits_do_not_overflow() -> None:
     logits = torch.tensor([[60000.0, -60000.0, 0.0]], dtype=torch.float16)
     assert losses.cross_entropy(logits, torch.tensor([0])) == 0
