@@ -54,6 +54,11 @@ class Case:
         """Drop the gradients."""
         self.hidden.grad = self.weight.grad = None
 
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``hidden`` [SEQUENCES, S, H], which is what learns from now on, ``weight``, and ``labels`` [SEQUENCES, S]."""
+        self.hidden = self.hidden.detach().view(SEQUENCES, -1, self.hidden.shape[1]).requires_grad_()
+        return self.hidden, self.weight, self.labels.view(SEQUENCES, -1)
+
     def backward(self, loss: Callable[[], Tensor]) -> Step:
         """A step that forgets the last gradients, then goes forward and backward."""
 
@@ -157,12 +162,7 @@ def variant_rows(case: Case) -> Iterator[tuple[str, Callable[[], Step]]]:
 
 def grpo_rows(case: Case) -> Iterator[tuple[str, Callable[[], Step]]]:
     """GRPO over ``SEQUENCES`` completions, mean over tokens."""
-    h, w, y = (
-        case.hidden.detach().view(SEQUENCES, -1, case.hidden.shape[1]),
-        case.weight,
-        case.labels.view(SEQUENCES, -1),
-    )
-    case.hidden = h.requires_grad_()
+    h, w, y = case.sequences()
     advantages = torch.randn(SEQUENCES, device="cuda")
     with torch.no_grad():
         now = linear_loss(h, w, y, loss=losses.token_log_probs, reduction="none")
@@ -183,12 +183,7 @@ def grpo_rows(case: Case) -> Iterator[tuple[str, Callable[[], Step]]]:
 
 def dpo_rows(case: Case) -> Iterator[tuple[str, Callable[[], Step]]]:
     """DPO over ``SEQUENCES`` / 2 pairs, with a reference model's hidden states and head."""
-    h, w, y = (
-        case.hidden.detach().view(SEQUENCES, -1, case.hidden.shape[1]),
-        case.weight,
-        case.labels.view(SEQUENCES, -1),
-    )
-    case.hidden = h.requires_grad_()
+    h, w, y = case.sequences()
     reference = (h + 0.1 * torch.randn_like(h)).detach()
     head = w.detach()
     score = functools.partial(linear_loss, loss=losses.token_log_probs, reduction="none")

@@ -8,21 +8,28 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qlora.modules import losses
 from lightning_qlora.modules.linear_loss import CHUNK_BUDGET_BYTES, auto_chunk_tokens, linear_loss
+from lightning_qlora.modules.linear_loss_ops import plan_number
+from lightning_qlora.modules.loss_gradient import Settings
 
 DOUBLE = torch.float64
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def make(t: int = 20, h: int = 6, v: int = 15, dtype: torch.dtype = DOUBLE, seed: int = 0) -> tuple[Tensor, ...]:
@@ -252,6 +259,23 @@ def test_grad_scaler_under_autocast(dtype: torch.dtype) -> None:
         assert (mine - true).norm() < 0.02 * true.norm()
 
 
+def test_grad_scaler_skips_a_step_that_overflows() -> None:
+    hidden, weight, _, labels = make(t=40, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    before = weight.detach().clone()
+    for spoil, scale in ((1e5, 2.0**9), (1.0, 2.0**9)):  # 1e5 is infinite in float16
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            value = linear_loss(hidden * spoil, weight, labels, loss=losses.cross_entropy, chunk_tokens=16)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert torch.equal(weight, before) == (spoil > 1)
+        assert bool(value.isfinite()) == (spoil == 1)
+
+
 def test_loss_sees_logits_of_the_compute_dtype_and_no_autocast() -> None:
     hidden, weight, _, labels = make(dtype=torch.float32)
     seen = set()
@@ -273,12 +297,19 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Any) -> Tensor:
     return linear_loss(hidden.tanh(), weight, labels, loss=loss, mask=labels != -100, chunk_tokens=8)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, functools.partial(losses.cross_entropy, z_loss=0.1)])
-def test_inside_torch_compile_no_break_and_no_recompilation_over_lengths(loss: Any) -> None:
+@pytest.mark.parametrize(
+    ("loss", "dynamic"),
+    [
+        (losses.cross_entropy, None),
+        (losses.cross_entropy, True),
+        (functools.partial(losses.cross_entropy, z_loss=0.1), None),  # dynamic=True would make 0.1 a variable
+    ],
+)
+def test_inside_torch_compile_no_break_and_no_recompilation_over_lengths(loss: Any, dynamic: bool | None) -> None:
     torch.compiler.reset()
     counter = CompileCounter()
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    inductor = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=dynamic)
+    inductor = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in (20, 33, 41, 9):
         hidden, weight, _, labels = make(t=length, dtype=torch.float32)
         labels[:3] = -100
@@ -309,6 +340,38 @@ def test_inside_torch_compile_a_closure_is_refused() -> None:
 
     with pytest.raises(Exception, match="must be a function without a closure"):
         torch.compile(step, backend="eager", fullgraph=True)(hidden, weight, labels, loss)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (False, False, False)])
+def test_operators(wanted: tuple[bool, bool, bool]) -> None:
+    hidden, weight, bias, labels = (tensor.detach() for tensor in make(dtype=torch.float32))
+    settings = Settings(
+        vocab_size=15, dtype=torch.float32, result_dtype=torch.float32, weight_grad_dtype=torch.float32, device="cpu",
+        per_token=((torch.int64, ()),), chunk_tokens=8, gradient_scale=1.0, reduce=True, compile=False,
+        check_finite=False, invalid_reason="",
+    )  # fmt: skip
+    number = plan_number(losses.cross_entropy, tuple(settings))
+    assert plan_number(functools.partial(losses.cross_entropy, z_loss=0.1), tuple(settings)) != number
+    assert plan_number(losses.cross_entropy, tuple(settings)) == number
+    arguments = (hidden, weight, bias, labels > 3, labels < 0, [labels], -1, [], list(wanted), number)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.lightning_qlora.linear_loss.default, arguments, test_utils=checks)
+    for factor in (torch.tensor(3.0), torch.arange(20.0)):
+        scaled = (hidden, factor, torch.float16)
+        torch.library.opcheck(torch.ops.lightning_qlora.scaled_gradient.default, scaled, test_utils=checks)
+
+
+def test_a_loss_is_probed_once_for_all_settings() -> None:
+    hidden, weight, _, labels = make()
+    calls = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return losses.cross_entropy(logits, labels)
+
+    for chunk_tokens in (20, 10):
+        linear_loss(hidden, weight, labels, loss=loss, chunk_tokens=chunk_tokens, check_finite=chunk_tokens == 10)
+    assert calls == [2, 1, 1, 20, 10, 10]  # two tokens together, each apart, then the chunks
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -351,6 +414,56 @@ def test_works_where_compilation_is_disabled() -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.gpu
+@needs_gpu
+def test_inside_torch_compile_on_a_gpu_no_break_and_no_recompilation_over_lengths() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+
+    def check(length: int) -> None:
+        tensors = make(t=length, h=32, v=1000, dtype=torch.float16)
+        hidden, weight = (x.detach().cuda().requires_grad_() for x in tensors[:2])
+        labels = tensors[3].cuda()
+        labels[: length // 3] = -100
+        expected = step(hidden, weight, labels, losses.cross_entropy)
+        value = compiled(hidden, weight, labels, losses.cross_entropy)
+        assert_same_gradients(value, expected, [hidden, weight], rtol=5e-3, atol=2e-5)
+
+    check(200)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (33, 1024, 9, 200):
+            check(length)
+
+
+def total_of_upcast(logits: Tensor, labels: Tensor) -> Tensor:
+    return total(logits.float(), labels)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("loss", [losses.cross_entropy, two_losses_per_token, total_of_upcast])
+@pytest.mark.parametrize("chunk_tokens", [300, 64, 7, "auto"])
+def test_on_a_gpu_chunks_are_as_exact_as_plain_float16(loss: Any, chunk_tokens: Any) -> None:
+    tensors = make(t=300, h=64, v=2000, dtype=torch.float16)
+    with torch.no_grad():
+        tensors[1].div_(8)
+    learned = [x.detach().cuda().requires_grad_() for x in tensors[:3]]
+    exact = [x.detach().double().requires_grad_() for x in learned]
+    labels = tensors[3].cuda()
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        results = loss(F.linear(hidden, weight, bias), labels)
+        return (results[0] if isinstance(results, tuple) else results).sum() / 300
+
+    expected = plain(*exact)
+    truth, theirs = torch.autograd.grad(expected, exact), torch.autograd.grad(plain(*learned), learned)
+    value = linear_loss(*learned[:2], labels, loss=loss, bias=learned[2], chunk_tokens=chunk_tokens)
+    value = value[0] if isinstance(value, tuple) else value
+    torch.testing.assert_close(value.double(), expected.double(), rtol=1e-3, atol=0)
+    for mine, other, true in zip(torch.autograd.grad(value, learned), theirs, truth, strict=True):
+        assert (mine - true).norm() <= 1.5 * (other - true).norm() + 1e-6 * true.norm()
+
+
 # ---------------------------------------------------------------------------------------------- chunk sizes and memory
 
 
@@ -369,26 +482,76 @@ def test_chunk_sizes_that_the_docstring_gives() -> None:
     assert auto_chunk_tokens(128256, torch.float16, compiled=True, weight_learns=True) == 1024
 
 
+class Shapes(TorchDispatchMode):
+    """Records the shapes of what operations return, backward included: of all, and of matrix products alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: set[tuple[int, ...]] = set()
+        self.products: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = {tuple(t.shape) for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)}
+        self.all |= found
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products |= found
+        return out
+
+
+def shapes_of(function: Callable[..., Tensor], train_weight: bool = False, **options: Any) -> Shapes:
+    """What a forward and, if gradients are on, backward pass makes, for 96 tokens, hidden size 6, vocabulary 64."""
+    hidden, weight, _, labels = make(t=96, v=64)
+    with Shapes() as shapes:
+        value = function(hidden, weight.requires_grad_(train_weight), labels, **options)
+        if torch.is_grad_enabled():
+            value.backward()
+    assert (weight.grad is not None) == train_weight
+    return shapes
+
+
+chunked = functools.partial(linear_loss, loss=losses.cross_entropy)
+
+
+@pytest.mark.parametrize("train_weight", [False, True])
+def test_the_logits_of_all_tokens_never_exist(train_weight: bool) -> None:
+    shapes = shapes_of(chunked, train_weight, chunk_tokens=20).all
+    assert (20, 64) in shapes
+    assert max(shape.numel() for shape in map(torch.Size, shapes)) == max(20 * 64, 96 * 6)
+    plain = shapes_of(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), train_weight)
+    assert (96, 64) in plain.all  # the recorder does see them where they exist
+
+
+def test_what_nobody_asks_for_is_not_multiplied() -> None:
+    logits, hidden_grad, weight_grad = (96, 64), (96, 6), (64, 6)
+    assert shapes_of(chunked, True, chunk_tokens=96).products == {logits, hidden_grad, weight_grad}
+    assert shapes_of(chunked, False, chunk_tokens=96).products == {logits, hidden_grad}
+    with torch.no_grad():
+        assert shapes_of(chunked, chunk_tokens=96).products == {logits}
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 def test_memory_stays_that_of_one_chunk() -> None:
     hidden = torch.randn(8192, 256, device="cuda", dtype=torch.float16, requires_grad=True)
     weight = torch.randn(32768, 256, device="cuda", dtype=torch.float16)
     labels = torch.randint(32768, (8192,), device="cuda")
 
     def peak(loss: Callable[[], Tensor]) -> int:
-        loss().backward()
-        hidden.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss().backward()
-        hidden.grad = None
+        for _ in range(2):  # the first time compiles
+            hidden.grad = weight.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss().backward()
         return torch.cuda.max_memory_allocated() - before
 
     ours = peak(lambda: linear_loss(hidden, weight, labels, loss=losses.cross_entropy))
     plain = peak(lambda: F.cross_entropy((hidden @ weight.T).float(), labels))
     assert ours <= CHUNK_BUDGET_BYTES + 2 * hidden.nbytes + 2**23
     assert ours <= 0.1 * plain
+    weight.requires_grad_()
+    trained = peak(lambda: linear_loss(hidden, weight, labels, loss=losses.cross_entropy))
+    assert trained <= 2 * CHUNK_BUDGET_BYTES + 2 * hidden.nbytes + 3 * weight.nbytes + 2**23  # float32 sum, 16 bit
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -452,6 +615,24 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
     weight, labels = arguments.pop("weight"), arguments.pop("labels")
     with pytest.raises(ValueError, match=message):
         linear_loss(hidden, weight, labels, **arguments)
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_a_dtensor_is_refused_with_cause_and_remedy(name: str) -> None:
+    hidden, weight, bias, labels = make()
+    inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+    inputs[name] = distribute_tensor(inputs[name].detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+    message = rf"{name} is a DTensor, i\.e\. FSDP has not gathered it\. Call the loss from the forward of the module"
+    with pytest.raises(ValueError, match=message):
+        linear_loss(inputs["hidden"], inputs["weight"], labels, loss=losses.cross_entropy, bias=inputs["bias"])
 
 
 def test_a_per_token_tensor_that_requires_a_gradient_is_refused() -> None:

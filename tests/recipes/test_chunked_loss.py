@@ -1,11 +1,19 @@
-"""The recipe from its command line, with a tiny Llama."""
+"""The recipe from its command line, with a tiny Llama, and what it does on a GPU, in small."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lightning_qlora.modules.llama import QLoRALlamaForCausalLM
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "chunked_loss.py"
 
@@ -14,27 +22,55 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(RECIPE), *arguments], capture_output=True, text=True, check=False)
 
 
+def assert_same_losses(plain: list[float], chunked: list[float]) -> None:
+    assert len(plain) == len(chunked) == 3
+    assert len(set(plain)) == 3
+    assert max(abs(a - b) / a for a, b in zip(plain, chunked, strict=True)) < 1e-5
+
+
 def test_report_says_that_nothing_changes_but_the_memory(tiny_llama_dir: Path, tmp_path: Path) -> None:
     done = run(
         f"--model={tiny_llama_dir}", f"--output_dir={tmp_path}", "--max_steps=3", "--seq_len=32", "--most_tokens=1024"
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["differences"]) == 7
-    for row in report["differences"]:
-        name, *figures = row.values()
+    assert len(report["differences"]) == 8
+    for name, figures in report["differences"].items():
+        assert len(figures) == 3
         assert max(figures) < 1e-5, name
-    last = report["peak_mib"][-1]
-    assert last["tokens"] == 1024
-    assert 0 < last["chunked"] < 0.5 * last["plain"]
-    plain, chunked = report["losses"].values()
-    assert len(plain) == 3
-    assert max(abs(a - b) / a for a, b in zip(plain, chunked, strict=True)) < 1e-5
-    assert (tmp_path / "memory.svg").read_text().startswith("<?xml")
+        assert name in done.stdout
+    memory = report["peak_mib"]
+    assert memory["tokens"] == [128, 256, 512, 1024]
+    assert 0 < memory["chunked"][-1] < 0.5 * memory["plain"][-1]
+    assert_same_losses(*(report["finetune"][name]["losses"] for name in ("plain", "chunked")))
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_flag_is_refused_before_anything_runs() -> None:
-    done = run("--seq_len=1")
-    assert done.returncode != 0
-    assert "--seq_len must be at least 2, got 1." in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chunked_loss_under_test", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_directory_both_kinds_of_model_start_from_the_same_weights(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 300}
+    monkeypatch.setattr(recipe, "LLAMA_1B", recipe.LLAMA_1B | small)
+    ids = torch.randint(256, (3, 2, 10), generator=torch.Generator().manual_seed(0))
+    found = [recipe.finetune(kind, None, ids, "cpu") for kind in (LlamaForCausalLM, QLoRALlamaForCausalLM)]
+    assert_same_losses(*(run["losses"] for run in found))
+
+
+@pytest.mark.parametrize("flags", [{"seq_len": 1}, {"most_tokens": 7}, {"max_steps": -1}, {"batch_size": 0}])
+def test_a_wrong_flag_is_refused_before_anything_runs(
+    flags: dict[str, int], recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("differences", "resolve_model"):
+        monkeypatch.setattr(recipe, name, pytest.fail)
+    with pytest.raises(ValueError, match="--batch_size 1, --seq_len 2"):
+        recipe.main(**flags)
