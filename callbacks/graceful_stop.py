@@ -179,7 +179,7 @@ class GracefulStop(Checkpoint):
         received = strategy.all_gather(torch.tensor([self._received or 0], device=strategy.root_device))
         self.signum = int(received.max())
         self.checkpoint_path = self.checkpoint_dir / f"interrupted-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(self.checkpoint_path)
+        trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
         rank_zero_info(
             f"Stopped by {signal.Signals(self.signum).name} after step {trainer.global_step}."
             f" Resume from {self.checkpoint_path}"

@@ -11,7 +11,7 @@ _STEP = re.compile(r"step=(\d+)(?:-v\d+)?\.ckpt$")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run: ``report.json``, ``adapter/`` (peft format) and ``checkpoints/`` (resumable).
+    """Paths of a run: ``report.json``, ``adapter/``, ``adapters/`` (peft format) and ``checkpoints/`` (resumable).
 
     Args:
         root: The directory; need not exist.
@@ -31,11 +31,16 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Training checkpoints, named ``...step=N.ckpt``."""
+        """Training checkpoints, named ``...step=N.ckpt``: files, or directories of shards."""
         return self.root / "checkpoints"
 
+    @property
+    def adapters(self) -> Path:
+        """The adapter of each checkpoint, in ``step=N/``."""
+        return self.root / "adapters"
+
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step, the newest file among equals."""
+        """The checkpoint of the highest step, the newest among equals."""
         found = [
             (int(match[1]), path) for path in self.checkpoints.glob("*.ckpt") if (match := _STEP.search(path.name))
         ]

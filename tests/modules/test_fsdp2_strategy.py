@@ -17,7 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy, read_checkpoint
+from lightning_qlora.modules.checkpointing import read_checkpoint
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import build_llama, default_lora, load_config, materialize
 from lightning_qlora.modules.nf4_linear import NF4Linear, Quantized4bit
@@ -239,7 +240,7 @@ class CountBytes(L.Callback):
 
 def train_one_step(directory: Path, device: str, lora_r: int) -> tuple[int, list[int]]:
     module, count = QLoRALlama(directory, default_lora(lora_r)), CountBytes()
-    ids = torch.randint(0, 1000, (4, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids, "num_loss_tokens": 4 * 15}
     fit(module, DataLoader([batch], batch_size=None), device, callbacks=[count], max_steps=1)
     return count.held, count.gathers
@@ -294,18 +295,31 @@ def test_a_rank_holds_half_of_the_4bit_weights_and_gathers_packed_bytes(
         assert sorted(gathers) == pytest.approx([layer] * (len(gathers) - 1) + [root], rel=0.01)
 
 
+@pytest.mark.parametrize(("world_size", "device"), groups(2))
+def test_a_frozen_embedding_and_head_are_gathered_once(
+    ranks: RankPools, tiny_llama_dir: Path, world_size: int, device: str
+) -> None:
+    """Backward begins with the head, which is still there, and ends before the embedding; layers are gathered twice."""
+    for _, gathers in ranks.run(world_size, device, train_one_step, tiny_llama_dir, device, 4):
+        embedding, head = 4 * 300 * 64, 4 * 300 * 64 + 4 * 64
+        layer = gathers[1]
+        assert gathers == [embedding, layer, layer, head, layer, layer]
+        assert layer not in (embedding, head)
+
+
 # ---------------------------------------------------------------------------------------- in somebody's own project
 
 SIZE, SAMPLES, GLOBAL_BATCH, EPOCHS, CLIP = 24, 36, 12, 2, 0.2
 
 
 class Adapted(nn.Module):
-    """A frozen 4-bit layer and a trained low-rank one, written by hand."""
+    """A frozen 4-bit layer and a trained low-rank one, written by hand; of the 4 rows of ``down`` a third rank has
+    none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.base = NF4Linear.from_linear(nn.Linear(SIZE, SIZE, bias=False))
-        self.down, self.up = nn.Linear(SIZE, 5, bias=False), nn.Linear(5, SIZE, bias=False)
+        self.down, self.up = nn.Linear(SIZE, 4, bias=False), nn.Linear(4, SIZE, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.base(x) + self.up(self.down(x)))
@@ -411,8 +425,154 @@ def test_a_plain_lightning_project_trains_as_on_one_process(
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def fit_first_epoch(device: str, checkpoint: Path) -> None:
-    trainer = fit(Project(), loader(), device, max_epochs=1, gradient_clip_val=CLIP)
+# ------------------------------------------------------------------------------------------- what travels, and when
+
+
+class Traffic:
+    """Counts collectives by kind while it is entered, by FSDP2's names for them in torch 2.13 and before."""
+
+    def __init__(self) -> None:
+        self.gathers = self.reductions = 0
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "Traffic":
+        for kind, names in (
+            ("gathers", ("all_gather_single", "all_gather_into_tensor")),
+            ("reductions", ("reduce_scatter_single", "reduce_scatter_tensor")),
+        ):
+            for name in names:
+                if hasattr(dist, name):
+                    self._patch.setattr(dist, name, self._counting(kind, getattr(dist, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _counting(self, kind: str, collective: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            setattr(self, kind, getattr(self, kind) + 1)
+            return collective(*args, **kwargs)
+
+        return counted
+
+
+def fit_accumulating(device: str, reduce_every: bool, offload: bool) -> tuple[int, list[float], list[Tensor]]:
+    module = Project()
+    strategy = FSDP2Strategy(precision="32-true", cpu_offload=offload, reduce_every_micro_batch=reduce_every)
+    with Traffic() as traffic:
+        fit(module, loader(), device, strategy, max_epochs=EPOCHS, accumulate_grad_batches=2)
+    return traffic.reductions, module.losses, module.weights()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("world_size", "device"), groups(2))
+def test_accumulation_reduces_once_a_step(ranks: RankPools, world_size: int, device: str, offload: bool) -> None:
+    """Three batches make a step of two and one of one; three groups are reduced."""
+    lazy = ranks.run(world_size, device, fit_accumulating, device, False, offload)
+    eager = ranks.run(world_size, device, fit_accumulating, device, True, offload)
+    for (reductions, losses, weights), (all_reductions, same_losses, same_weights) in zip(lazy, eager, strict=True):
+        assert (reductions, all_reductions) == (EPOCHS * 2 * 3, EPOCHS * 3 * 3)
+        assert losses == pytest.approx(same_losses, rel=1e-5)
+        for found, expected in zip(weights, same_weights, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Deep(Project):
+    """Four blocks that note how many groups have been gathered when each begins its forward and its backward."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+        self.gathered: list[tuple[str, int, int]] = []
+
+    def configure_model(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(*[Adapted() for _ in range(4)], nn.Linear(SIZE, 3))
+        self.trainer.strategy.shard(self.net, [[block] for block in self.net[:4]])
+        for i in range(4):
+            self.net[i].down.register_forward_hook(lambda *args, i=i: self.note(i, args[2]))
+
+    def note(self, i: int, output: Tensor) -> None:
+        self.gathered.append(("forward", i, self.traffic.gathers))
+        if output.requires_grad:
+            # On a tensor inside the block: its gradient comes after the block's weights have been asked for.
+            output.register_hook(lambda _: self.gathered.append(("backward", i, self.traffic.gathers)))
+
+
+def fit_prefetching(device: str, prefetch: int, reshard: bool = True) -> tuple[list[tuple[str, int, int]], list[float]]:
+    with Traffic() as traffic:
+        module = Deep(traffic)
+        strategy = FSDP2Strategy(precision="32-true", prefetch=prefetch, reshard_after_forward=reshard)
+        fit(module, loader(), device, strategy, max_steps=1)
+    return module.gathered, module.losses
+
+
+@pytest.mark.parametrize(("world_size", "device"), groups(2))
+def test_prefetch_gathers_ahead(ranks: RankPools, world_size: int, device: str) -> None:
+    """The root is gathered first and stays, so that forward makes five gathers and backward four."""
+    ((as_fsdp2_does, losses), _) = ranks.run(world_size, device, fit_prefetching, device, 0)
+    assert as_fsdp2_does[:4] == [("forward", i, 2 + i) for i in range(4)]
+    for ahead in (1, 2):
+        for gathered, same_losses in ranks.run(world_size, device, fit_prefetching, device, ahead):
+            assert gathered[:4] == [("forward", i, min(5, 2 + i + ahead)) for i in range(4)]
+            assert gathered[4:] == [("backward", i, 5 + min(4, 4 - i + ahead)) for i in (3, 2, 1, 0)]
+            assert same_losses == losses
+    for kept, same_losses in ranks.run(world_size, device, fit_prefetching, device, 0, False):
+        assert [gathers for when, _, gathers in kept if when == "backward"] == [5] * 4
+        assert same_losses == losses
+
+
+def fit_hybrid(device: str, checkpoint: Path | None, resume: Path | None) -> tuple[list[float], list[Tensor]]:
+    module = Project()
+    strategy = FSDP2Strategy(precision="32-true", shard_size=2)
+    epochs = EPOCHS if checkpoint is None else 1
+    trainer = fit(module, loader(), device, strategy, ckpt_path=resume, max_epochs=epochs, gradient_clip_val=CLIP)
+    for parameter in module.parameters():
+        assert isinstance(parameter, DTensor)
+        assert [placement.is_shard() for placement in parameter.placements] == [False, True]
+        assert parameter.device_mesh.shape == (2, 2)
+        assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // 2)
+    if checkpoint is not None:
+        trainer.save_checkpoint(checkpoint)
+    return module.losses, module.weights()
+
+
+@pytest.mark.parametrize(("world_size", "device"), groups(4))
+def test_hybrid_sharding_trains_as_one_process(ranks: RankPools, tmp_path: Path, world_size: int, device: str) -> None:
+    """Two copies of the model, each in two shards; checkpoints go to two ranks and come from them."""
+    losses, weights = one_process_loop(None)
+    steps = SAMPLES // GLOBAL_BATCH
+    of_four, of_two = tmp_path / "four.ckpt", tmp_path / "two.ckpt"
+    results = ranks.run(world_size, device, fit_hybrid, device, of_four, None)
+    assert all(found == pytest.approx(losses[:steps], rel=2e-5) for found, _ in results)
+    results = ranks.run(2, device, fit_second_epoch, device, of_four)
+    ranks.run(2, device, fit_first_epoch, device, of_two)
+    results += ranks.run(world_size, device, fit_hybrid, device, None, of_two)
+    for found_losses, found_weights in results:
+        assert found_losses == pytest.approx(losses[steps:], rel=2e-5)
+        for found, expected in zip(found_weights, weights, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def fit_indivisible(device: str) -> None:
+    with pytest.raises(ValueError, match=r"shard_size=3 does not divide the 2 ranks \(1 nodes of 2\)"):
+        fit(Project(), loader(), device, FSDP2Strategy(shard_size=3), max_epochs=1)
+
+
+def test_sizes_that_make_no_sense_are_refused(ranks: RankPools) -> None:
+    with pytest.raises(ValueError, match="shard_size must be at least 2, got 1"):
+        FSDP2Strategy(shard_size=1)
+    with pytest.raises(ValueError, match="prefetch must not be negative, got -1"):
+        FSDP2Strategy(prefetch=-1)
+    ranks.run(2, "cpu", fit_indivisible, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def fit_first_epoch(device: str, checkpoint: Path, sharded: bool = False) -> None:
+    strategy = FSDP2Strategy(precision="32-true", sharded_checkpoints=sharded)
+    trainer = fit(Project(), loader(), device, strategy, max_epochs=1, gradient_clip_val=CLIP)
     trainer.save_checkpoint(checkpoint)
 
 
@@ -422,16 +582,19 @@ def fit_second_epoch(device: str, checkpoint: Path) -> tuple[list[float], list[T
     return module.losses, module.weights()
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
 @pytest.mark.parametrize(("saving", "loading"), [(2, 3), (3, 2), (2, 1), (1, 2)])
 def test_a_checkpoint_continues_on_another_number_of_ranks(
-    ranks: RankPools, tmp_path: Path, saving: int, loading: int
+    ranks: RankPools, tmp_path: Path, saving: int, loading: int, sharded: bool
 ) -> None:
     """Momentum included; and the file holds nothing of the frozen layers."""
     path = tmp_path / "one.ckpt"
-    ranks.run(saving, "cpu", fit_first_epoch, "cpu", path)
-    assert set(read_checkpoint(path)["state_dict"]) == {
-        f"net.{name}" for name, parameter in make_net().named_parameters() if parameter.requires_grad
-    }
+    ranks.run(saving, "cpu", fit_first_epoch, "cpu", path, sharded)
+    assert path.is_dir() == sharded
+    if not sharded:
+        assert set(read_checkpoint(path)["state_dict"]) == {
+            f"net.{name}" for name, parameter in make_net().named_parameters() if parameter.requires_grad
+        }
     losses, weights = one_process_loop(None)
     for found_losses, found_weights in ranks.run(loading, "cpu", fit_second_epoch, "cpu", path):
         assert found_losses == pytest.approx(losses[SAMPLES // GLOBAL_BATCH :], rel=2e-5)

@@ -62,9 +62,16 @@ def test_a_run_resumes_from_its_highest_step(run):
     for name, age in (("step=8.ckpt", 0), ("step=9.ckpt", 99), ("step=10.ckpt", 50), ("epoch=1-step=10-v1.ckpt", 5)):
         checkpoint(run, name, age)
         assert run.start(resume=True) == run.checkpoints / name
-    for name in ("last.ckpt", "step=99.ckpt.part", "step=3.ckpt"):
+    for name in ("last.ckpt", "step=99.ckpt.part", "step=99.ckpt.partial", "step=3.ckpt"):
         checkpoint(run, name)
         assert run.start(resume=True) == run.checkpoints / "epoch=1-step=10-v1.ckpt"
+
+
+def test_a_directory_of_shards_is_a_checkpoint(run):
+    checkpoint(run, "step=8.ckpt")
+    (run.checkpoints / "step=9.ckpt").mkdir()
+    (run.checkpoints / "step=10.ckpt.partial").mkdir()
+    assert run.start(resume=True) == run.checkpoints / "step=9.ckpt"
 
 
 def test_a_run_without_a_checkpoint_resumes_at_the_beginning(run):

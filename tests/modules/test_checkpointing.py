@@ -1,0 +1,360 @@
+"""Checkpoints on disk: whole or not there, in either form, written at once or on the side."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lightning_qlora.callbacks import StepCheckpoint
+from lightning_qlora.modules import checkpointing
+from lightning_qlora.modules.checkpointing import read_checkpoint
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
+from lightning_qlora.modules.strategies import OneDeviceStrategy
+from tests.distributed import RankPools
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FORMS = pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPools]:
+    with RankPools() as pools:
+        yield pools
+
+
+class Project(L.LightningModule):
+    """A frozen layer and a trained one of 301 rows, and a note of what happened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def configure_model(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 301))
+        self.net[0].requires_grad_(False)
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.shard(self.net, [[self.net[0]], [self.net[1]]])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps.append(self.trainer.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def weights(self) -> Tensor:
+        weight = self.net[1].weight.detach()
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).clone()
+
+    def save_adapter(self, directory: Path) -> None:
+        weight = self.weights()
+        if self.global_rank == 0:
+            directory.mkdir(parents=True)
+            torch.save(weight, directory / "adapter.pt")
+
+
+def fit(
+    strategy: Any, steps: int, *callbacks: L.Callback, resume: Path | None = None, module: Project | None = None
+) -> L.Trainer:
+    distributed = dist.is_initialized()
+    saving = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=dist.get_world_size() if distributed else 1, strategy=strategy, logger=False,
+        max_steps=steps, max_epochs=-1, callbacks=list(callbacks), enable_checkpointing=saving,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    data = torch.randn(40, 4, 8, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module or Project(), DataLoader(data, batch_size=None), ckpt_path=resume)
+    return trainer
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- retention
+
+
+@FORMS
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_resumed_run_keeps_as_many_as_one_that_nothing_stopped(
+    tmp_path: Path, sharded: bool, async_save: bool
+) -> None:
+    """Two runs, the second from what the first left, beside files that are not ours to remove."""
+
+    def strategy() -> OneDeviceStrategy:
+        return OneDeviceStrategy(sharded_checkpoints=sharded, async_save=async_save)
+
+    (tmp_path / "best-step=1.ckpt").touch()
+    keep, adapters = StepCheckpoint(tmp_path / "c", 2, 2, tmp_path / "a"), tmp_path / "a"
+    fit(strategy(), 7, keep)
+    assert names(tmp_path / "c") == ["step=4.ckpt", "step=6.ckpt"]
+    assert names(adapters) == ["step=4", "step=6"]
+    (tmp_path / "c" / "step=6.ckpt").rename(tmp_path / "c" / "interrupted-step=7.ckpt")
+    trainer = fit(
+        strategy(), 9, StepCheckpoint(tmp_path / "c", 2, 2), resume=tmp_path / "c" / "interrupted-step=7.ckpt"
+    )
+    assert trainer.lightning_module.steps == [7, 8, 9]
+    assert names(tmp_path / "c") == ["interrupted-step=7.ckpt", "step=8.ckpt"]
+    fit(strategy(), 10, StepCheckpoint(tmp_path / "c", 2, 2), resume=tmp_path / "c" / "step=8.ckpt")
+    assert names(tmp_path / "c") == ["step=10.ckpt", "step=8.ckpt"]
+    assert names(tmp_path) == ["a", "best-step=1.ckpt", "c"]
+
+
+def test_checkpoints_of_a_course_that_was_given_up_go_first(tmp_path: Path) -> None:
+    fit(OneDeviceStrategy(), 6, StepCheckpoint(tmp_path, 1, 4))
+    assert names(tmp_path) == [f"step={i}.ckpt" for i in (3, 4, 5, 6)]
+    fit(OneDeviceStrategy(), 4, StepCheckpoint(tmp_path, 1, 2), resume=tmp_path / "step=3.ckpt")
+    assert names(tmp_path) == ["step=4.ckpt", "step=6.ckpt"]
+    assert read_checkpoint(tmp_path / "step=4.ckpt")["global_step"] == 4
+
+
+@pytest.mark.parametrize(("option", "message"), [({"every_n_steps": 0}, "every_n_steps"), ({"keep": 0}, "keep")])
+def test_a_period_or_number_below_one_is_refused(option: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message} must be at least 1, got 0"):
+        StepCheckpoint("somewhere", **{"every_n_steps": 1, **option})
+
+
+# ---------------------------------------------------------------------------------------------------- failing writes
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, saves: set[int]) -> None:
+    """Let the writes of the given saves (from 1) fail half way, as the operating system lets them fail."""
+    real, count = checkpointing.torch.save, [0]
+
+    def save(content: Any, file: Any) -> None:
+        count[0] += 1
+        if count[0] in saves:
+            file.write(b"half")
+            file = open("/dev/full", "wb")  # noqa: PTH123, SIM115  # where every write ends with ENOSPC
+        real(content, file)
+
+    monkeypatch.setattr(checkpointing.torch, "save", save)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    full_disk(monkeypatch, {3, 4})
+    with pytest.warns(
+        UserWarning, match=r"The disk is full: .*step=3\.ckpt could not be written .*No space left on device"
+    ):
+        trainer = fit(OneDeviceStrategy(async_save=async_save), 4, StepCheckpoint(tmp_path, 1, 2))
+    assert trainer.global_step == 4
+    assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+    resumed = fit(
+        OneDeviceStrategy(async_save=async_save), 5, StepCheckpoint(tmp_path, 1, 2), resume=tmp_path / "step=2.ckpt"
+    )
+    assert resumed.lightning_module.steps == [3, 4, 5]
+    assert names(tmp_path) == ["step=4.ckpt", "step=5.ckpt"]
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_half_of_it(tmp_path: Path) -> None:
+    class Adapted(Project):
+        def save_adapter(self, directory: Path) -> None:
+            directory.mkdir(parents=True)
+            if self.trainer.global_step == 2:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    keep = StepCheckpoint(tmp_path / "c", 1, 3, tmp_path / "a")
+    with pytest.warns(UserWarning, match="The disk is full: Error while serializing"):
+        fit(OneDeviceStrategy(), 3, keep, module=Adapted())
+    assert names(tmp_path / "a") == ["step=1", "step=3"]
+    with pytest.raises(TypeError, match=r"needs Plain\.save_adapter"):
+        fit(OneDeviceStrategy(), 3, keep, module=type("Plain", (Project,), {"save_adapter": None})())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_who_asks_for_a_checkpoint_hears_that_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = fit(OneDeviceStrategy(), 1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    before = (tmp_path / "x.ckpt").read_bytes()
+    full_disk(monkeypatch, {1})
+    with pytest.raises(OSError, match=r"x\.ckpt could not be written") as failure:
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert failure.value.errno == errno.ENOSPC
+    assert names(tmp_path) == ["x.ckpt"]
+    assert (tmp_path / "x.ckpt").read_bytes() == before
+
+
+def fit_with_a_failing_rank(directory: Path, async_save: bool, code: int) -> tuple[Any, list[str]]:
+    patch, real, calls = pytest.MonkeyPatch(), FileSystemWriter.write_data, [0]
+
+    def write_data(self: FileSystemWriter, *args: Any) -> Any:
+        calls[0] += 1
+        if dist.get_rank() == 1 and calls[0] == 2:
+            raise OSError(code, os.strerror(code))
+        return real(self, *args)
+
+    patch.setattr(FileSystemWriter, "write_data", write_data)
+    try:
+        strategy = FSDP2Strategy(sharded_checkpoints=True, async_save=async_save)
+        trainer = fit(strategy, 3, StepCheckpoint(directory, 1, 2))
+    except OSError as error:
+        return str(error), names(directory)
+    finally:
+        patch.undo()
+    return trainer.lightning_module.steps, names(directory)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_one_rank_that_cannot_write_makes_all_ranks_do_without(
+    ranks: RankPools, tmp_path: Path, async_save: bool
+) -> None:
+    for steps, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "full", async_save, errno.ENOSPC):
+        assert steps == [1, 2, 3]
+        assert kept == ["step=1.ckpt", "step=3.ckpt"]
+    for error, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "broken", async_save, errno.EIO):
+        assert "step=2.ckpt could not be written (rank 1: [Errno 5] Input/output error)" in error
+        assert kept == ["step=1.ckpt"]
+
+
+def save_where_nothing_can_be(path: Path) -> str:
+    trainer = fit(FSDP2Strategy(), 1)
+    with pytest.raises(OSError, match=r"x\.ckpt could not be written") as failure:
+        trainer.save_checkpoint(path)
+    return str(failure.value)
+
+
+def test_a_place_that_is_no_directory_is_an_error_on_all_ranks(ranks: RankPools, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for error in ranks.run(2, "cpu", save_where_nothing_can_be, tmp_path / "file" / "x.ckpt"):
+        assert "rank 0: [Errno" in error
+
+
+# -------------------------------------------------------------------------------------------------------- on the side
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write is held up until two more steps are done, and holds what was there when it was asked for."""
+    go_on, saved = threading.Event(), {}
+    real = checkpointing.torch.save
+    monkeypatch.setattr(checkpointing.torch, "save", lambda *args: (go_on.wait(30), real(*args)))
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            saved[trainer.global_step] = pl_module.weights()
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+            if trainer.global_step == 4:
+                assert not (tmp_path / "a.ckpt").exists()
+                go_on.set()
+                trainer.save_checkpoint(tmp_path / "b.ckpt")  # waits for the first
+                assert (tmp_path / "a.ckpt").exists()
+
+    fit(OneDeviceStrategy(async_save=True), 5, Watch())
+    assert names(tmp_path) == ["a.ckpt", "b.ckpt"]
+    for step, name in ((2, "a"), (4, "b")):
+        checkpoint = read_checkpoint(tmp_path / f"{name}.ckpt")
+        assert torch.equal(checkpoint["state_dict"]["net.1.weight"], saved[step])
+        assert checkpoint["global_step"] == step
+        assert checkpoint["optimizer_states"][0]["state"]["net.1.weight"]["step"] == step
+
+
+def test_an_exception_in_training_does_not_lose_the_checkpoint_before_it(tmp_path: Path) -> None:
+    class Fail(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fit(OneDeviceStrategy(async_save=True), 2, Fail())
+    assert read_checkpoint(tmp_path / "a.ckpt")["global_step"] == 1
+
+
+# ----------------------------------------------------------------------------------------------- the form, and damage
+
+
+def save_on_ranks(path: Path, sharded: bool) -> int:
+    trainer = fit(FSDP2Strategy(sharded_checkpoints=sharded), 2)
+    trainer.save_checkpoint(path)
+    return sum(p.to_local().numel() for p in trainer.lightning_module.parameters() if p.requires_grad)
+
+
+def test_a_rank_writes_its_own_shards_and_nothing_that_is_frozen(ranks: RankPools, tmp_path: Path) -> None:
+    path = tmp_path / "step=2.ckpt"
+    held = ranks.run(2, "cpu", save_on_ranks, path, True)
+    assert names(path) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    for rank, numel in enumerate(held):  # the weights and two means of each, and the headers of a few tensors
+        assert 12 * numel < (path / f"__{rank}_0.distcp").stat().st_size < 12 * numel + 20_000
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    assert {name.removeprefix("state_dict.") for name in saved if name.startswith("state_dict")} == {
+        "net.1.weight", "net.1.bias"
+    }  # fmt: skip
+    assert "state_dict" not in read_checkpoint(path)
+
+
+def test_the_same_name_may_change_its_form(ranks: RankPools, tmp_path: Path) -> None:
+    path = tmp_path / "step=2.ckpt"
+    for sharded in (True, False, True, True):
+        ranks.run(2, "cpu", save_on_ranks, path, sharded)
+        assert path.is_dir() == sharded
+        assert names(tmp_path) == [path.name]
+        assert fit(OneDeviceStrategy(), 3, resume=path).lightning_module.steps == [3]
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(ranks: RankPools, tmp_path: Path) -> None:
+    (tmp_path / "step=9.ckpt.partial").mkdir()
+    (tmp_path / "step=9.ckpt.partial" / "__0_0.distcp").touch()
+    (tmp_path / "step=2.ckpt.partial").write_text("half")
+    ranks.run(2, "cpu", save_on_ranks, tmp_path / "step=2.ckpt", True)
+    assert names(tmp_path) == ["step=2.ckpt"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "__1_0.distcp").unlink(), r"__1_0\.distcp is missing"),
+        (lambda path: truncate(path / "__0_0.distcp"), r"__0_0\.distcp has \d+ bytes instead of \d+"),
+        (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
+        (lambda path: truncate(path / "meta.pt"), "RuntimeError"),
+        (lambda path: (path / "meta.pt").unlink(), "FileNotFoundError"),
+    ],
+)
+def test_a_damaged_directory_is_refused_and_others_are_named(
+    ranks: RankPools, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    path = tmp_path / "step=2.ckpt"
+    ranks.run(2, "cpu", save_on_ranks, path, True)
+    (tmp_path / "step=1.ckpt").touch()
+    damage(path)
+    with pytest.raises(ValueError, match=rf"step=2\.ckpt is damaged or incomplete.*{message}") as refusal:
+        fit(OneDeviceStrategy(), 3, resume=path)
+    assert f"Others in {tmp_path}: step=1.ckpt. Move this one away to resume" in str(refusal.value)
+
+
+def test_shards_of_another_model_are_refused(ranks: RankPools, tmp_path: Path) -> None:
+    path = tmp_path / "step=2.ckpt"
+    ranks.run(2, "cpu", save_on_ranks, path, True)
+
+    class Other(Project):
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.net[1] = nn.Linear(64, 6)
+
+    trainer = L.Trainer(accelerator="cpu", strategy=OneDeviceStrategy(), logger=False, max_steps=3,
+                        enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    with pytest.raises(ValueError, match=r"'net\.1\.weight' has shape \(301, 64\), the model \(6, 64\)"):
+        trainer.fit(Other(), DataLoader(torch.randn(4, 4, 8), batch_size=None), ckpt_path=path)

@@ -1,0 +1,213 @@
+"""A QLoRA Llama under every strategy: equal losses, one another's checkpoints, and clear refusals."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
+from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.strategies import OneDeviceStrategy, ReplicatedStrategy, build_strategy
+from tests.distributed import RankPools, groups
+
+STEPS, SAVED_AT = 4, 2
+#: Samples of each micro-batch; ranks take every second one. The last of a step has nothing to learn from on rank 1.
+LENGTHS = [[12, 5], [7, 31], [9], []]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPools]:
+    with RankPools() as pools:
+        yield pools
+
+
+def batch(lengths: list[int], seed: int) -> dict[str, Any]:
+    """Random samples, the first two tokens of each a prompt; without lengths the blank batch of one lonely token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(max(len(lengths), 1), max([*lengths, 1]), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(3, 300, (length,), generator=generator)
+        labels[row, 2:length] = ids[row, 2:length]
+    return {"input_ids": ids, "labels": labels, "num_loss_tokens": int((labels[:, 1:] != -100).sum())}
+
+
+def batches(first_step: int) -> list[dict[str, Any]]:
+    """This rank's, of all steps from ``first_step`` on and then the others: four micro-batches a step, dealt to ranks.
+
+    A plain loader begins anew after a resume, so a resumed run gets what it has not seen first.
+    """
+    steps = [*range(first_step, STEPS), *range(first_step)]
+    dealt = [batch(lengths, seed=10 * step + i) for step in steps for i, lengths in enumerate(LENGTHS)]
+    return dealt[dist.get_rank() :: dist.get_world_size()]
+
+
+class Record(L.Callback):
+    """Losses and gradient norms of the steps; saves at one of them."""
+
+    def __init__(self, save: Path | None) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.save = save
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        micro_batches = len(LENGTHS) // trainer.world_size
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % micro_batches == 0:
+            self.losses.append(float(trainer.callback_metrics["train_loss"]))
+            self.norms.append(float(trainer.callback_metrics["grad_norm"]))
+            if self.save is not None and trainer.global_step == SAVED_AT:
+                trainer.save_checkpoint(self.save)
+
+
+def train(
+    model_dir: Path, name: Any, device: str, precision: str, options: dict[str, Any], save: Path | None,
+    resume: Path | None,
+) -> tuple[list[float], list[float], dict[str, Tensor]]:  # fmt: skip
+    """Train with activation checkpointing and clipping; returns losses, norms and the adapters."""
+    world_size = dist.get_world_size()
+    if name == "single":
+        options = {**options, "devices": world_size}
+    module = QLoRALlama(
+        model_dir, default_lora(4), learning_rate=5e-3, schedule="constant", checkpoint_activations=True
+    )
+    record = Record(save)
+    strategy = build_strategy(name, precision=precision, **options)
+    trainer = L.Trainer(
+        accelerator=device, devices=world_size, strategy=strategy, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, inference_mode=False,
+        max_steps=STEPS, accumulate_grad_batches=len(LENGTHS) // world_size, gradient_clip_val=0.5, callbacks=[record],
+    )  # fmt: skip
+    base = {}
+
+    class CheckBase(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            base.update({n: p.detach().clone() for n, p in pl_module.named_parameters() if not p.requires_grad})
+            if isinstance(trainer.strategy.model, DistributedDataParallel):
+                buckets = trainer.strategy.model._get_ddp_logging_data()["bucket_sizes"]
+                trained = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+                assert sum(map(int, buckets.split(", "))) == trained
+
+    trainer.callbacks.append(CheckBase())
+    resumed = {} if resume is None else {"ckpt_path": resume}
+    trainer.fit(module, DataLoader(batches(0 if resume is None else SAVED_AT), batch_size=None), **resumed)
+    for name_, parameter in module.named_parameters():
+        if name_ in base:
+            local = [getattr(t, "to_local", lambda t=t: t)() for t in (parameter.detach(), base[name_])]
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in local)), f"{name_} was changed"
+    adapters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    return (
+        record.losses,
+        record.norms,
+        {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu() for n, p in adapters.items()},
+    )
+
+
+def check_equal(found: Any, expected: Any, tolerance: float) -> None:
+    count = len(found[0])
+    assert 0 < count <= STEPS
+    assert found[0] == pytest.approx(expected[0][-count:], rel=tolerance)
+    assert found[1] == pytest.approx(expected[1][-count:], rel=max(tolerance, 1e-5))
+    for name, adapter in found[2].items():
+        torch.testing.assert_close(adapter, expected[2][name], rtol=1e-2, atol=max(tolerance, 1e-5))
+
+
+WAYS = [("single", 1), ("ddp", 2), ("fsdp2", 2)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=groups(2)[1].marks)])
+def test_all_strategies_train_alike_and_continue_one_anothers_checkpoints(
+    ranks: RankPools, tiny_llama_4bit_dir: Path, tmp_path: Path, device: str
+) -> None:
+    whole: dict[str, Any] = {}
+    for form in ("file", "sharded"):
+        options = {"sharded_checkpoints": form == "sharded", "async_save": form == "sharded"}
+        for name, world_size in WAYS:
+            path = tmp_path / f"{name}-{form}.ckpt"
+            results = ranks.run(
+                world_size, device, train, tiny_llama_4bit_dir, name, device, "32-true", options, path, None
+            )
+            assert path.is_dir() == (form == "sharded")
+            for result in results:
+                assert len(result[0]) == STEPS
+                check_equal(result, whole.setdefault("single", result), 1e-6)
+    for name, world_size in WAYS:
+        paths = [tmp_path / f"{source}-file.ckpt" for source, _ in WAYS]
+        paths.append(tmp_path / f"{'single' if name == 'fsdp2' else 'fsdp2'}-sharded.ckpt")
+        for path in paths:
+            for result in ranks.run(
+                world_size, device, train, tiny_llama_4bit_dir, name, device, "32-true", {}, None, path
+            ):
+                assert len(result[0]) == STEPS - SAVED_AT
+                check_equal(result, whole["single"], 1e-6)
+
+
+@pytest.mark.parametrize(("world_size", "device"), groups(4))
+def test_hybrid_sharding_trains_a_llama_alike(
+    ranks: RankPools, tiny_llama_4bit_dir: Path, tmp_path: Path, world_size: int, device: str
+) -> None:
+    """Four ranks as two copies in two shards; they continue what one device saved, and four plain shards theirs.
+
+    One device does not continue the checkpoint of four: Lightning counts batches, and here it takes more for a step.
+    """
+    of_one, of_four = tmp_path / "one.ckpt", tmp_path / "four.ckpt"
+    common, hybrid = (device, "32-true"), {"shard_size": 2, "prefetch": 1, "sharded_checkpoints": True}
+    (whole,) = ranks.run(1, device, train, tiny_llama_4bit_dir, "single", *common, {}, of_one, None)
+    for options, save, resume in ((hybrid, of_four, None), (hybrid, None, of_one), ({}, None, of_four)):
+        for result in ranks.run(
+            world_size, device, train, tiny_llama_4bit_dir, "fsdp2", *common, options, save, resume
+        ):
+            check_equal(result, whole, 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=groups(2)[1].marks)])
+def test_strategies_agree_in_half_precision(
+    ranks: RankPools, tiny_llama_4bit_dir: Path, device: str, precision: str
+) -> None:
+    expected = None
+    for name, world_size in WAYS:
+        for result in ranks.run(
+            world_size, device, train, tiny_llama_4bit_dir, name, device, precision, {}, None, None
+        ):
+            expected = expected or result
+            assert all(map(math.isfinite, result[0]))
+            assert result[0] == pytest.approx(expected[0], rel=2e-2)
+
+
+# --------------------------------------------------------------------------------------------------------- the function
+
+
+def test_names_give_strategies() -> None:
+    assert isinstance(build_strategy("fsdp2", devices=2), FSDP2Strategy)
+    assert isinstance(build_strategy("ddp", devices=2), ReplicatedStrategy)
+    assert isinstance(build_strategy("single"), OneDeviceStrategy)
+    built = build_strategy("fsdp2", prefetch=2, shard_size=2, reshard_after_forward=False, cpu_offload=True)
+    assert isinstance(built, FSDP2Strategy)
+    assert (built.prefetch, built.shard_size, built.reshard_after_forward, built.cpu_offload) == (2, 2, False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fsdp", {}, "strategy must be 'fsdp2', 'ddp' or 'single', got 'fsdp'"),
+        ("single", {"devices": 2}, "strategy 'single' uses one device, not 2. Set devices=1, or take 'ddp'"),
+        ("single", {"num_nodes": 2}, "strategy 'single' uses one device, not 2"),
+        ("ddp", {"cpu_offload": True}, "cpu_offload is for strategy 'fsdp2': 'ddp' shards nothing"),
+        ("ddp", {"shard_size": 2}, "shard_size is for strategy 'fsdp2'"),
+        ("single", {"prefetch": 1}, "prefetch is for strategy 'fsdp2': 'single' shards nothing"),
+        ("single", {"reshard_after_forward": False}, "reshard_after_forward=False is for strategy 'fsdp2'"),
+        ("ddp", {"precision": "8-bit"}, "8-bit"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_strategy(name, **options)
