@@ -5,7 +5,10 @@ Shapes: B samples, S tokens a sample, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,16 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from lightning_qlora.modules.attention import SDPA_REPEATED_KV, register_attention
+from lightning_qlora.modules.compilation import CompileMode, compile_region
 from lightning_qlora.modules.linear_cross_entropy import LossHead
 from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype, local_tensor
-from lightning_qlora.modules.weights import SafetensorsCheckpoint, load_weights, prequantized_state
+from lightning_qlora.modules.weights import (
+    LoadReport,
+    SafetensorsCheckpoint,
+    check_weights,
+    load_weights,
+    prequantized_state,
+)
 
 #: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,6 +82,60 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
     return lora
 
 
+class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
+    """peft's LoRA layer, which computes the same with less traffic.
+
+    peft converts the input to the adapter's float32, for autocast to convert it back, a sixth of an uncompiled step of
+    an 8B model; here autocast alone decides. And peft scales the adapter's output [B, S, out], which keeps another
+    tensor of that size in forward and in backward; here the r numbers of a token are scaled.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, S, in] -> [B, S, out]."""
+        if self.disable_adapters or self.merged or args or kwargs:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = self.base_layer(x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                low = self.lora_A[name](self.lora_dropout[name](x))
+                y = y + self.lora_B[name](low * self.scaling[name])
+        return y
+
+
+class QLoRALlamaDecoderLayer(LlamaDecoderLayer):
+    """transformers' decoder layer with activation checkpointing inside ``forward``.
+
+    Hooks (FSDP2's gather the weights) then run outside the checkpoint, and torch.compile sees the recomputation: it
+    leaves out what no gradient needs, such as the product with ``down_proj``. transformers' own checkpointing wraps
+    ``__call__`` in some versions and ``forward`` in others.
+    """
+
+    checkpoint_activations = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``LlamaDecoderLayer.forward``: hidden_states [B, S, H] -> [B, S, H]."""
+        forward = functools.partial(super().forward, **kwargs)
+        learns = self.training and torch.is_grad_enabled()
+        if not (self.checkpoint_activations and learns and kwargs.get("past_key_values") is None):
+            return forward(hidden_states, *args)  # type: ignore[no-any-return]
+        options: dict[str, Any] = {}
+        if _COMPILED_CHECKPOINTS_NEED_A_POLICY and torch.compiler.is_compiling():
+            options["context_fn"] = _recompute_everything
+        return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
+            forward, hidden_states, *args, use_reentrant=False, **options
+        )
+
+
+#: Before 2.13, torch.compile recomputes what lies inside an autograd.Function only if a policy says so.
+_COMPILED_CHECKPOINTS_NEED_A_POLICY = torch.__version__ < "2.13"
+
+
+def _recompute_everything() -> Any:
+    return torch.utils.checkpoint.create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
+        lambda context, operator, *args, **kwargs: torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+    )
+
+
 class QLoRALlamaForCausalLM(LlamaForCausalLM):
     """transformers' Llama whose head computes the loss chunk by chunk when labels are given.
 
@@ -77,6 +144,12 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        self.model.layers = nn.ModuleList(
+            [QLoRALlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.model.norm = _FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model.rotary_emb = _Float32RotaryEmbedding(config=config)
+        self.is_compiled = False
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -91,23 +164,26 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        num_loss_tokens: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``LlamaForCausalLM.forward``, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
 
         The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean.
+        ``num_loss_tokens`` is how many of ``labels[:, 1:]`` count: given it, the host need not wait for the device.
         """
         if labels is None:
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+            with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+                return super().forward(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                    **kwargs,
+                )
         hidden = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -116,10 +192,30 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
             use_cache=False,
             **kwargs,
         ).last_hidden_state
-        targets = labels[:, 1:]
-        total = self.lm_head(hidden[:, :-1], targets)
+        # The last token predicts nothing; slicing it off would copy the hidden states of all others.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        total = self.lm_head(hidden, targets, num_tokens=num_loss_tokens)
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
+
+    def compile_regions(self, mode: CompileMode = "default", *, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile rotary embedding, decoder layers and final norm, each as one graph for any B and S.
+
+        The loss compiles itself (see ``linear_loss``). Call it before ``fully_shard``. Without ``labels`` the model
+        goes on running uncompiled: a cache that grows by a token at a time would be compiled again and again.
+
+        Args:
+            mode: ``"off"`` does nothing.
+            backend: Of torch.compile, as in :func:`compile_region`.
+        """
+        if mode == "off":
+            return
+        regions = [*self.model.layers, self.model.norm]
+        if self.model.rotary_emb.rope_type not in ("dynamic", "longrope"):  # those compute on the host, from the length
+            regions.append(self.model.rotary_emb)
+        for region in regions:
+            compile_region(region, mode, backend=backend)
+        self.is_compiled = True
 
     def shard_groups(self) -> list[list[nn.Module]]:
         """What FSDP2 gathers together: each decoder layer; the embedding; final norm and head.
@@ -133,8 +229,22 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         return groups
 
 
+class _FinalNorm(LlamaRMSNorm):
+    """The norm before the head, over a list of tokens: whether they are one sample or many makes no second graph."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., H] -> [..., H]."""
+        # Not an ordinary view, for torch.compile also guards the shape of what a tensor is a view of.
+        tokens = torch.ops.aten._unsafe_view(hidden_states, [-1, hidden_states.shape[-1]])
+        return super().__call__(tokens).view_as(hidden_states)  # type: ignore[no-any-return]
+
+
 class _Float32RotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary frequencies that stay float32 under ``.to(bfloat16)``: 8 bits place distant positions wrongly."""
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> Any:
+        """Cosine and sine [1 or B, S, D] in the dtype of ``x``, whose shape does not matter (nor make a graph)."""
+        return super().__call__(x.new_empty(()), position_ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32RotaryEmbedding:
         super()._apply(keep_dtype(fn, self.buffers(recurse=False)), recurse)
@@ -188,13 +298,15 @@ def build_llama(
         checkpoint: The base model (only headers are read here).
         lora: The adapters, on any of ``LLAMA_PROJECTIONS``.
         dtype: Of embeddings, norms and head.
-        attention: An attention implementation of transformers.
+        attention: An attention implementation of transformers, or ``"sdpa_repeated_kv"``, which is then registered.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
 
     Raises:
         ValueError: If the model is not a Llama, or ``lora`` is not supported.
     """
     config = load_config(checkpoint.directory)
+    if attention == SDPA_REPEATED_KV:
+        register_attention()
     config._attn_implementation = attention
     with torch.device("meta"):
         model = QLoRALlamaForCausalLM(config)
@@ -205,8 +317,11 @@ def build_llama(
                 setattr(parent, attribute, _projection(child, prequantized_state(checkpoint, name), checkpoint, dtype))
     _cast_unquantized(model, dtype)
     if checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    inject_adapter_in_model(check_lora(lora), model, low_cpu_mem_usage=True)
+        for layer in model.model.layers:
+            layer.checkpoint_activations = True
+    config = copy.copy(check_lora(lora))
+    config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     if not any(p.requires_grad for p in model.parameters()):
@@ -238,7 +353,7 @@ def _cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
 def materialize(
     model: QLoRALlamaForCausalLM, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
     parameters_on: torch.device | None = None,
-) -> None:  # fmt: skip
+) -> LoadReport:  # fmt: skip
     """Allocate a meta model (after ``fully_shard``, so only this rank's part), and load and initialise all of it.
 
     Args:
@@ -247,20 +362,26 @@ def materialize(
         device: Where to compute, and where buffers live.
         seed: Of the LoRA initialisation, which does not depend on the number of ranks.
         parameters_on: Where parameters rest if not on ``device``: the CPU, when FSDP2 offloads them.
+
+    Raises:
+        ValueError: Before anything is allocated, if the checkpoint does not fill the model.
     """
+    check_weights(model, checkpoint)
     model.to_empty(device=parameters_on or device)
-    # inv_freq is in no checkpoint, and to_empty() has just overwritten it.
-    model.model.rotary_emb = _Float32RotaryEmbedding(config=model.config).to(device)
+    # inv_freq is in no checkpoint, and to_empty() has just overwritten it. The module itself may be compiled: keep it.
+    for name, buffer in _Float32RotaryEmbedding(config=model.config).named_buffers():
+        setattr(model.model.rotary_emb, name, buffer.to(device))
     if parameters_on is not None and parameters_on != device:
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(device))
     if model.config.tie_word_embeddings:  # to_empty() unties them where FSDP does not hold them together
         model.lm_head.weight = model.model.embed_tokens.weight
-    load_weights(model, checkpoint)
+    report = load_weights(model, checkpoint)
     init_lora(model, seed)
     if (checkpoint.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    return report
 
 
 @torch.no_grad()

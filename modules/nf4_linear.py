@@ -85,78 +85,6 @@ class Quantized4bit:
         )
 
 
-@torch.library.custom_op("lightning_qlora::linear_4bit", mutates_args=())
-def _linear_4bit(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """x [..., K] @ dequantized(weight).T -> [..., N] in the dtype of x. Opaque to the compiler: see ``_save``."""
-    dense = _dequantize(weight, absmax, code2, absmax2, offset, out_features, x.shape[-1], x.dtype, blocksize,
-                        nested_blocksize, quant_type)  # fmt: skip
-    return F.linear(x, dense)
-
-
-@torch.library.custom_op("lightning_qlora::linear_4bit_input_grad", mutates_args=())
-def _linear_4bit_input_grad(
-    grad: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """grad [..., N] @ dequantized(weight) -> [..., K] in the dtype of grad."""
-    dense = _dequantize(weight, absmax, code2, absmax2, offset, grad.shape[-1], in_features, grad.dtype, blocksize,
-                        nested_blocksize, quant_type)  # fmt: skip
-    return grad @ dense
-
-
-@_linear_4bit.register_fake
-def _(
-    x: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, out_features: int, *_: Any
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@_linear_4bit_input_grad.register_fake
-def _(
-    grad: Tensor, weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, in_features: int, *_: Any
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # Only packed tensors are saved. As one opaque operator this also holds under torch.compile, whose joint graph would
-    # otherwise recognise the backward's dequantization as the forward's and keep the 16-bit weight alive in between.
-    x, weight, absmax, code2, absmax2, offset, _, ctx.blocksize, ctx.nested_blocksize, ctx.quant_type = inputs
-    ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(weight, absmax, code2, absmax2, offset)
-
-
-def _input_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = _linear_4bit_input_grad(
-            grad, *ctx.saved_tensors, ctx.in_features, ctx.blocksize, ctx.nested_blocksize, ctx.quant_type
-        )
-    return (dx, *[None] * 9)
-
-
-_linear_4bit.register_autograd(_input_grad, setup_context=_save)
-
-
 def _dequantize(
     weight: Tensor,
     absmax: Tensor,
@@ -177,6 +105,59 @@ def _dequantize(
         weight, absmax, code2, absmax2, offset, shape=(out_features, in_features), dtype=dtype, blocksize=blocksize,
         nested_blocksize=nested_blocksize, quant_type=quant_type,
     )  # fmt: skip
+
+
+def _dequantize_fake(
+    weight: Tensor, absmax: Tensor, code2: Any, absmax2: Any, offset: Any, out_features: int, in_features: int,
+    dtype: torch.dtype, *_: Any,
+) -> Tensor:  # fmt: skip
+    return weight.new_empty(out_features, in_features, dtype=dtype)
+
+
+# Under torch.compile the dequantization is an operator and the matrix product an ordinary one, which the compiler can
+# autotune and fuse with what follows. Forward and backward are traced into one graph before it is divided, and equal
+# calls there are merged into one, whose result, the 16-bit weight, would then be kept in between. Hence two names.
+_SIGNATURE = (
+    "(Tensor weight, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, int out_features, int in_features, "
+    "ScalarType dtype, int blocksize, int nested_blocksize, str quant_type) -> Tensor"
+)
+for _name in ("lightning_qlora::linear_4bit_weight", "lightning_qlora::linear_4bit_weight_backward"):
+    torch.library.define(_name, _SIGNATURE, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(_name, "default", _dequantize)
+    torch.library.register_fake(_name, _dequantize_fake)
+
+
+class _Linear4bit(torch.autograd.Function):
+    """x [..., K] @ dequantized(weight).T -> [..., N] in the dtype of x; only packed tensors are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        absmax: Tensor,
+        code2: Tensor | None,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
+        out_features: int,
+        blocksize: int,
+        nested_blocksize: int,
+        quant_type: str,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, absmax, code2, absmax2, offset)
+        ctx.format = (out_features, x.shape[-1], x.dtype, blocksize, nested_blocksize, quant_type)
+        compiling = torch.compiler.is_compiling()
+        dequantize = torch.ops.lightning_qlora.linear_4bit_weight if compiling else _dequantize
+        return F.linear(x, dequantize(weight, absmax, code2, absmax2, offset, *ctx.format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx = None
+        if ctx.needs_input_grad[0]:
+            compiling = torch.compiler.is_compiling()
+            dequantize = torch.ops.lightning_qlora.linear_4bit_weight_backward if compiling else _dequantize
+            dx = grad @ dequantize(*ctx.saved_tensors, *ctx.format)
+        return (dx, *[None] * 9)
 
 
 class NF4Linear(nn.Linear):
@@ -316,7 +297,7 @@ class NF4Linear(nn.Linear):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _linear_4bit(
+        y: Tensor = _Linear4bit.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features, self.blocksize,
             self.nested_blocksize, self.quant_type,
         )  # fmt: skip
