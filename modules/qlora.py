@@ -6,23 +6,30 @@ on each rank.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer
 
 from lightning_qlora.modules.adapters import load_adapter, read_adapter, save_adapter
+from lightning_qlora.modules.attention import default_attention
 from lightning_qlora.modules.capabilities import compute_dtype
-from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy, all_reduce_sum, check_state, read_checkpoint
+from lightning_qlora.modules.checkpointing import check_state, read_checkpoint
+from lightning_qlora.modules.compilation import CompileMode, check_compile_mode
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.llama import (
     BaseIdentity,
     QLoRALlamaForCausalLM,
@@ -32,14 +39,20 @@ from lightning_qlora.modules.llama import (
     load_config,
     materialize,
 )
-from lightning_qlora.modules.nf4_linear import local_tensor
-from lightning_qlora.modules.weights import SafetensorsCheckpoint
+from lightning_qlora.modules.optimizer import ShardAdamW, global_norm, gradients, scale_
+from lightning_qlora.modules.processes import all_reduce_sum
+from lightning_qlora.modules.weights import LoadReport, SafetensorsCheckpoint
 
 #: What micro-batches divide their loss sums by: any constant does, this one suits float16.
 LOSS_DIVISOR = 1024.0
 
 #: Key of this module's own entry in a training checkpoint.
 CHECKPOINT_KEY = "lightning_qlora"
+
+_UNHARMED = (
+    "The weights are still those of the step before. Look at that data, or resume from the last checkpoint with a "
+    "lower learning rate."
+)
 
 
 class QLoRALlama(L.LightningModule):
@@ -63,6 +76,10 @@ class QLoRALlama(L.LightningModule):
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
         weight_decay: AdamW's, on the adapters.
         checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
+        attention: An attention implementation of transformers. By default ``"sdpa"``, or on GPUs without flash
+            attention ``"sdpa_repeated_kv"`` (see :mod:`~lightning_qlora.modules.attention`).
+        compile: Compile the model's parts with torch.compile (see ``QLoRALlamaForCausalLM.compile_regions``).
+        compile_backend: As in :func:`~lightning_qlora.modules.compilation.compile_region`.
         init_adapter: Directory of a peft LoRA adapter to continue from.
         model_name: How reports and the saved adapter name the base; default ``model_dir``.
         seed: Of the LoRA initialisation and of dropout.
@@ -70,6 +87,8 @@ class QLoRALlama(L.LightningModule):
     Raises:
         ValueError: For settings out of range, a directory that is no Llama checkpoint, or an unsupported ``lora``.
     """
+
+    report_key = "loading"
 
     def __init__(
         self,
@@ -81,6 +100,9 @@ class QLoRALlama(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
         checkpoint_activations: bool = False,
+        attention: str | None = None,
+        compile: CompileMode = "off",
+        compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
@@ -99,6 +121,8 @@ class QLoRALlama(L.LightningModule):
         self.lora = check_lora(lora or default_lora())
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay, self.checkpoint_activations = weight_decay, checkpoint_activations
+        self.attention = attention
+        self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
         self.init_adapter = None if init_adapter is None else Path(init_adapter)
         if self.init_adapter is not None:
             read_adapter(self.init_adapter, self.lora)
@@ -108,6 +132,7 @@ class QLoRALlama(L.LightningModule):
         self.identity = BaseIdentity.of(self.base, self.lora)
         self.strict_loading = False  # checkpoints hold the adapters only
         self.model: QLoRALlamaForCausalLM | None = None
+        self._load: LoadReport | None = None
         self._pending: list[tuple[Tensor, int]] = []
         self._val: list[tuple[Tensor, int]] = []
 
@@ -119,19 +144,51 @@ class QLoRALlama(L.LightningModule):
             return
         strategy = self.trainer.strategy
         dtype = compute_dtype(self.trainer.precision_plugin.precision)
-        model = build_llama(self.base, self.lora, dtype=dtype, checkpoint_activations=self.checkpoint_activations)
         device, parameters_on = strategy.root_device, None
+        model = build_llama(
+            self.base, self.lora, dtype=dtype, attention=self._attention(device),
+            checkpoint_activations=self.checkpoint_activations,
+        )  # fmt: skip
+        model.compile_regions(self.compile_mode, backend=self.compile_backend)
         if isinstance(strategy, FSDP2Strategy):
             strategy.shard(model, model.shard_groups())
             parameters_on = strategy.parameters_device
-        materialize(model, self.base, device, seed=self.seed, parameters_on=parameters_on)
+        self._load = materialize(model, self.base, device, seed=self.seed, parameters_on=parameters_on)
         if self.init_adapter is not None:
             load_adapter(model, self.init_adapter, self.lora)
         self.model = model
 
+    def _attention(self, device: torch.device) -> str:
+        if self.attention is not None:
+            return self.attention
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        chosen = default_attention(capability)
+        if capability is not None and chosen != "sdpa":
+            major, minor = capability
+            rank_zero_info(
+                f"Attention: {chosen}. GPUs of compute capability {major}.{minor} have no flash attention, and SDPA's "
+                "memory-efficient kernel needs keys and values repeated for the queries that share them."
+            )
+        return chosen
+
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Logits [B, S, V] of ``input_ids`` int64 [B, S], in the compute dtype."""
         return self._model(input_ids=input_ids, **kwargs).logits  # type: ignore[no-any-return]
+
+    def report_section(self) -> dict[str, float] | None:
+        """For a run's report, under ``report_key``: how long rank 0 read weights, in seconds, and how many bytes."""
+        return None if self._load is None else dataclasses.asdict(self._load)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of a token in a sample of ``seq_len``, forward and backward, without what checkpointing repeats.
+
+        Four a frozen weight (no gradient of its own), six a trained one, and attention without regard to causality.
+        """
+        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        weights = sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
+        config = self._model.config
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+        return float(weights + attention)
 
     @property
     def _model(self) -> QLoRALlamaForCausalLM:
@@ -154,13 +211,18 @@ class QLoRALlama(L.LightningModule):
         return loss / LOSS_DIVISOR
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescale the accumulated gradients to those of the mean over all tokens of the step, and log that mean."""
+        """Rescale the accumulated gradients to those of the mean over all tokens of the step, and log that mean.
+
+        Raises:
+            FloatingPointError: On all ranks, if the loss is not finite and no loss scaler skips the step.
+        """
+        local = [loss for loss, _ in self._pending]
         loss_sum, tokens = self._reduce(self._pending)
+        if not math.isfinite(loss_sum):
+            self._refuse_step(local)
         # Undone here: the divisor, Lightning's division by the accumulation, and the strategy's mean over ranks.
         scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
-        for parameter in self._trained():
-            if parameter.grad is not None:
-                local_tensor(parameter.grad).mul_(scale)
+        scale_(gradients(self._trained()), scale)
         self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
 
@@ -170,18 +232,54 @@ class QLoRALlama(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all ranks (``Trainer(gradient_clip_val=...)``), and log that norm."""
-        parameters = self._trained()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        """Clip by the norm over all ranks (``Trainer(gradient_clip_val=...)``), and log that norm.
+
+        Raises:
+            FloatingPointError: On all ranks, if the norm is not finite and no loss scaler skips the step.
+        """
+        trained = gradients(self._trained())
+        norm = global_norm(trained)
         self.log("grad_norm", norm)
+        # The device is idle here, for the loss has just been read: this costs no more than its own latency.
+        if self._scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient norm of optimizer step {self.trainer.global_step + 1} is {float(norm)} though its loss "
+                f"is finite: the backward overflowed. {_UNHARMED}"
+            )
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            scale_(trained, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then free the gradients: Lightning does so after the next forward, at the loss, where memory peaks."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _refuse_step(self, losses: list[Tensor]) -> None:
+        """Say which micro-batches of which ranks have no finite loss, and raise unless the scaler skips the step."""
+        mine = [(self.global_rank, i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        places = [mine]
+        if self.trainer.world_size > 1:
+            places = [[] for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(places, mine)
+        named = ", ".join(f"micro-batch {i} of rank {rank}" for part in places for rank, i in part)
+        what = f"The loss of optimizer step {self.trainer.global_step + 1} is not finite: {named}."
+        if self._scaler is None:
+            raise FloatingPointError(f"{what} {_UNHARMED}")
+        rank_zero_warn(f"{what} All ranks skip this step.")
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collect the batch's loss sum and token count."""
@@ -198,7 +296,7 @@ class QLoRALlama(L.LightningModule):
         trained = self._trained()
         missing = [n for n, p in self.named_parameters() if p.requires_grad != ("lora_" in n)]
         assert not missing, f"requires_grad is wrong for {missing[:3]}"
-        optimizer = AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = ShardAdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         schedule = LambdaLR(optimizer, lambda step: self._schedule(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -214,7 +312,10 @@ class QLoRALlama(L.LightningModule):
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
         # The loss is computed inside the forward of the module that FSDP2 took as its root: only there are weights
         # gathered.
-        output = self._model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=1)
+        output = self._model(
+            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=1,
+            num_loss_tokens=batch["num_loss_tokens"],
+        )  # fmt: skip
         return output.loss  # type: ignore[no-any-return]
 
     def _reduce(self, parts: list[tuple[Tensor, int]]) -> tuple[float, int]:

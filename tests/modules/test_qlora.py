@@ -97,13 +97,18 @@ class Record(Callback):
         self.norms: list[float] = []
         self.gradients: dict[str, Tensor] = {}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def keep(*_: Any) -> None:
+            self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
+        trainer.optimizers[0].register_step_post_hook(keep)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == len(self.losses) + 1:
             metrics = trainer.callback_metrics
             self.losses.append(float(metrics["train_loss"]))
             self.rates.append(float(metrics["lr"]))
             self.norms.append(float(metrics["grad_norm"]))
-            self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +173,38 @@ def test_a_step_without_any_token_is_a_step_of_zero_loss(trainer, tiny_llama_dir
     trainer(callbacks=[record]).fit(module, loader(batch([6], 4, ignored=True)))
     assert record.losses == [0.0]
     assert all(not gradient.any() for gradient in record.gradients.values())
+
+
+def test_gradients_are_gone_when_the_next_step_computes_its_loss(strategy, trainer, tiny_llama_dir):
+    there: list[int] = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trained = [p for p in pl_module.parameters() if p.requires_grad]
+            pl_module.model.lm_head.register_forward_hook(
+                lambda *_: there.append(sum(p.grad is not None for p in trained))
+            )
+
+    module = QLoRALlama(tiny_llama_dir, default_lora(4))
+    data = [batch([6, 4], seed) for seed in range(4)]
+    trainer(strategy(), max_steps=2, accumulate_grad_batches=2, callbacks=[Watch()]).fit(module, loader(*data))
+    assert there == [0, 2 * 2 * 7, 0, 2 * 2 * 7]
+
+
+def test_attention_is_chosen_by_the_device_unless_named(monkeypatch, trainer, tiny_llama_dir):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    said: list[str] = []
+    monkeypatch.setattr("lightning_qlora.modules.qlora.rank_zero_info", said.append)
+    chosen = QLoRALlama(tiny_llama_dir)
+    assert chosen._attention(torch.device("cpu")) == "sdpa"
+    assert said == []
+    assert chosen._attention(torch.device("cuda", 0)) == "sdpa_repeated_kv"
+    assert "compute capability 7.5 have no flash attention" in said.pop()
+    assert QLoRALlama(tiny_llama_dir, attention="eager")._attention(torch.device("cuda", 0)) == "eager"
+    named = QLoRALlama(tiny_llama_dir, attention="sdpa_repeated_kv")
+    trainer().fit(named, loader(batch([6], 1)))
+    assert named.model.config._attn_implementation == "sdpa_repeated_kv"
+    assert said == []
 
 
 def test_validation_is_the_mean_over_all_tokens(strategy, trainer, tiny_llama_dir, adapter):
