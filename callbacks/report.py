@@ -105,7 +105,7 @@ class Report(TypedDict):
 
 @runtime_checkable
 class ReportSource(Protocol):
-    """A callback, or the LightningModule, that adds a section to the report; :class:`RunReport` knows it by its shape."""
+    """A callback or LightningModule that adds a section to the report; :class:`RunReport` knows it by its shape."""
 
     report_key: str
 

@@ -422,7 +422,8 @@ def test_inside_torch_compile_on_a_gpu_no_break_and_no_recompilation_over_length
 
     def check(length: int) -> None:
         tensors = make(t=length, h=32, v=1000, dtype=torch.float16)
-        hidden, weight = (x.detach().cuda().requires_grad_() for x in tensors[:2])
+        hidden = tensors[0].detach().cuda().requires_grad_()
+        weight = torch.nn.Parameter(tensors[1].detach().cuda())  # of static shape, also by dynamic=True
         labels = tensors[3].cuda()
         labels[: length // 3] = -100
         expected = step(hidden, weight, labels, losses.cross_entropy)

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lightning_qlora.callbacks.report import Report, load_report
 from lightning_qlora.modules import capabilities
+from lightning_qlora.modules.checkpointing import read_checkpoint
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data import ChatDataModule
-from lightning_qlora.modules.fsdp2_strategy import read_checkpoint
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import LLAMA_PROJECTIONS
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
