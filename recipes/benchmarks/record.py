@@ -1,8 +1,8 @@
 """Records of benchmarks: what ran, on what, when, and the tables of the README that are made from them.
 
 A record is a JSON file in ``results/``: ``name``, ``date``, ``commit``, ``device``, ``versions``, ``command``,
-``columns`` and ``rows`` (one list a row, in the order of the columns), and ``notes``. In the README, the lines between
-``<!-- results: NAME -->`` and ``<!-- end -->`` are generated:
+``columns`` and ``rows`` (one list a row, in the order of the columns), and ``notes``; perhaps ``shown``, the numbers of
+the rows that the README shows. There, the lines between ``<!-- results: NAME -->`` and ``<!-- end -->`` are generated:
 
     python recipes/benchmarks/record.py          # rewrite the README's tables
     python recipes/benchmarks/record.py --check  # fail if they are out of date
@@ -68,7 +68,8 @@ def save_record(
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table with its origin underneath."""
     lines = [_row(record["columns"]), _row(["---"] * len(record["columns"]))]
-    lines += [_row(row) for row in record["rows"]]
+    shown = record.get("shown", range(len(record["rows"])))
+    lines += [_row(record["rows"][number]) for number in shown]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     origin = (
         f"{record['device']}; {versions}; commit {record['commit'][:9]}, {record['date']}. {record['notes']}".strip()
