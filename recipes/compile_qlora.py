@@ -10,8 +10,9 @@ embedding, layer, layer for single samples, last norm and on a GPU loss; for val
 that of the second half of the steps.
 
 Without a GPU it trains SmolLM2-135M-Instruct in float32: 2 minutes on 2 cores, half of that compiling, 1.4 GiB; six
-graphs with validation's two, no break, losses within 4e-7 of each other (relative), 1.2 times the tokens/s. On one GPU it trains a Llama-3.2-1B shape with random weights in 16 bits, in about 4 GiB of its memory. Writes
-``report.json``, ``comparison.png`` and the runs' own reports to --output_dir.
+graphs with validation's two, no break, losses within 4e-7 of each other (relative), 1.2 times the tokens/s. On one GPU
+it trains a Llama-3.2-1B shape with random weights in 16 bits, in about 4 GiB of its memory. Writes ``report.json``,
+``comparison.png`` and the runs' own reports to --output_dir.
 """
 
 from __future__ import annotations
