@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_qlora.modules.processes import gather_objects, is_distributed
+
 _META = "meta.pt"
 _FILES = "files"
 #: What is being written or removed is named so, beside its place; only a killed process leaves it behind.
@@ -92,7 +94,7 @@ class TrainedCheckpoints(Strategy):
             full_state_dict=not self.sharded_checkpoints, cpu_offload=True, ignore_frozen_params=True
         )
         state = get_model_state_dict(self._module, options=options)
-        trained = self._trained_shapes()
+        trained = trained_shapes(self._module)
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     @override
@@ -115,7 +117,7 @@ class TrainedCheckpoints(Strategy):
         if sharded:
             self._load_shards(path, checkpoint)
         else:
-            check_state(checkpoint["state_dict"], self._trained_shapes(), path)
+            check_state(checkpoint["state_dict"], trained_shapes(self._module), path)
         options = StateDictOptions(full_state_dict=not sharded, strict=False)
         set_model_state_dict(self._module, checkpoint["state_dict"], options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -129,7 +131,7 @@ class TrainedCheckpoints(Strategy):
             for name, tensor in saved.items()
             if name.startswith("state_dict.") and isinstance(tensor, TensorStorageMetadata)
         }
-        check_state(shapes, self._trained_shapes(), path)
+        check_state(shapes, trained_shapes(self._module), path)
         # Read into shards like those of this run, whatever those of the checkpoint are.
         options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
         parameters = get_model_state_dict(self._module, options=options)
@@ -148,9 +150,6 @@ class TrainedCheckpoints(Strategy):
     def _module(self) -> torch.nn.Module:
         assert self.lightning_module is not None
         return self.lightning_module  # not self.model, which DDP wraps: names must not depend on the strategy
-
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self._module.named_parameters() if p.requires_grad}
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -199,12 +198,7 @@ class TrainedCheckpoints(Strategy):
 
     def _agree(self, path: Path, error: BaseException | None) -> None:
         """Raise on all ranks if one has an error: a rank that went on alone would wait for the others forever."""
-        failure = _describe(error, self._rank)
-        failures = [failure]
-        if self._is_distributed():
-            failures = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, failure)
-        for failed in failures:
+        for failed in gather_objects(_describe(error, self._rank)):
             if failed is not None:
                 code, text = failed
                 what = f"checkpoint {path} could not be written ({text}); the ones before it are intact"
@@ -234,15 +228,11 @@ class TrainedCheckpoints(Strategy):
 
     @property
     def _rank(self) -> int:
-        return dist.get_rank() if self._is_distributed() else 0
-
-    @staticmethod
-    def _is_distributed() -> bool:
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return dist.get_rank() if is_distributed() else 0
 
     def _checkpoint_group(self) -> dist.ProcessGroup | None:
         # A group of its own, so that the writing thread's messages never mix with those of training.
-        if self._group is None and self._is_distributed():
+        if self._group is None and is_distributed():
             self._group = dist.new_group(backend="gloo")
         return self._group
 
@@ -273,6 +263,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise ValueError(f"Checkpoint {path} is damaged or incomplete ({name} {state}).{_others(path)}")
     return checkpoint
+
+
+def trained_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape, over all ranks, of each parameter that ``module`` trains: what a checkpoint of it holds."""
+    return {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from threadpoolctl import threadpool_limits
 from typing_extensions import override
 
 from lightning_qlora.modules.capabilities import check_precision
+
+T = TypeVar("T")
 
 #: How long a collective may wait for the other ranks, unless a strategy is told otherwise.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -68,8 +70,7 @@ class WatchedProcesses(ParallelStrategy):
         super().on_train_start()
         if self.world_size == 1:
             return
-        batches: list[Any] = [None] * self.world_size
-        dist.all_gather_object(batches, self._trainer.num_training_batches)
+        batches = gather_objects(self._trainer.num_training_batches)
         if len(set(batches)) > 1:
             fewest = batches.index(min(batches))
             raise ValueError(
@@ -162,9 +163,23 @@ def on_device(plugin: PrecisionPlugin, device: torch.device) -> PrecisionPlugin:
     return plugin
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several in a process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of every rank, in order of rank; a collective, for whatever can be pickled, if there are several."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
     """Sum a few numbers over all ranks in float64; the numbers themselves when there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_distributed():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)

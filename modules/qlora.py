@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -27,7 +26,7 @@ from transformers import AutoTokenizer
 from lightning_qlora.modules.adapters import load_adapter, read_adapter, save_adapter
 from lightning_qlora.modules.attention import default_attention
 from lightning_qlora.modules.capabilities import compute_dtype
-from lightning_qlora.modules.checkpointing import check_state, read_checkpoint
+from lightning_qlora.modules.checkpointing import check_state, read_checkpoint, trained_shapes
 from lightning_qlora.modules.compilation import CompileMode, check_compile_mode
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.llama import (
@@ -40,7 +39,7 @@ from lightning_qlora.modules.llama import (
     materialize,
 )
 from lightning_qlora.modules.optimizer import ShardAdamW, global_norm, gradients, scale_
-from lightning_qlora.modules.processes import all_reduce_sum
+from lightning_qlora.modules.processes import all_reduce_sum, gather_objects
 from lightning_qlora.modules.weights import LoadReport, SafetensorsCheckpoint
 
 #: What micro-batches divide their loss sums by: any constant does, this one suits float16.
@@ -271,11 +270,7 @@ class QLoRALlama(L.LightningModule):
     def _refuse_step(self, losses: list[Tensor]) -> None:
         """Say which micro-batches of which ranks have no finite loss, and raise unless the scaler skips the step."""
         mine = [(self.global_rank, i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        places = [mine]
-        if self.trainer.world_size > 1:
-            places = [[] for _ in range(self.trainer.world_size)]
-            dist.all_gather_object(places, mine)
-        named = ", ".join(f"micro-batch {i} of rank {rank}" for part in places for rank, i in part)
+        named = ", ".join(f"micro-batch {i} of rank {rank}" for part in gather_objects(mine) for rank, i in part)
         what = f"The loss of optimizer step {self.trainer.global_step + 1} is not finite: {named}."
         if self._scaler is None:
             raise FloatingPointError(f"{what} {_UNHARMED}")
@@ -329,14 +324,11 @@ class QLoRALlama(L.LightningModule):
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
-
     # --- in and out --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained, whatever the strategy collected, and add what identifies base and adapters."""
-        trained = self._trained_shapes()
+        trained = trained_shapes(self)
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
         checkpoint[CHECKPOINT_KEY] = self.identity.to_dict()
 
@@ -349,7 +341,7 @@ class QLoRALlama(L.LightningModule):
         self.identity.check(checkpoint.get(CHECKPOINT_KEY, {}), "The checkpoint")
         if self.model is not None:
             # Loading is not strict, for the base is not in the checkpoint; so what must be there is checked here.
-            trained = self._trained_shapes()
+            trained = trained_shapes(self)
             state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
             check_state(state, trained, "to resume from")
 

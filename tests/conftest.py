@@ -13,6 +13,7 @@ from types import MappingProxyType
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -207,3 +208,11 @@ def write_chats(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    """A process group of this process alone, for what needs a mesh but no other rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

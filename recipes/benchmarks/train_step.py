@@ -49,6 +49,7 @@ from lightning_qlora.modules.capabilities import check_devices, check_precision,
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.processes import gather_objects, is_distributed
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.strategies import StrategyName, build_strategy
 
@@ -241,12 +242,9 @@ class Meter(L.Callback):
 
     def gather(self) -> dict[str, Any] | None:
         """On rank 0 the figures, with one list entry a rank except for ``step_ms`` and ``losses``; else ``None``."""
-        ranks = [self.figures]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            ranks = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(ranks, self.figures)
-            if dist.get_rank() != 0:
-                return None
+        ranks = gather_objects(self.figures)
+        if is_distributed() and dist.get_rank() != 0:
+            return None
         times = self._step_ms()[: self.steps]
         p20, p50, p80 = (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7)) if times[1:] else times * 3
         figures = {name: [rank[name] for rank in ranks] for name in self.figures}

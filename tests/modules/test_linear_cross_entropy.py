@@ -3,12 +3,10 @@
 Shapes: T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,13 +241,6 @@ def test_the_head_gives_logits_or_the_sum_of_their_loss(bias):
     torch.testing.assert_close(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), rtol=1e-5, atol=1e-6
     )
-
-
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process_group")

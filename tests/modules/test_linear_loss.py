@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -616,13 +615,6 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
     weight, labels = arguments.pop("weight"), arguments.pop("labels")
     with pytest.raises(ValueError, match=message):
         linear_loss(hidden, weight, labels, **arguments)
-
-
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process_group")
