@@ -41,9 +41,13 @@ Reduction = Literal["mean", "sum", "none"]
 CHUNK_BUDGET_BYTES = 128 * 2**20
 EAGER_BYTES_PER_LOGIT = 16
 
-#: Gradients of a chunk are computed before the loss scale of mixed precision is known. In float16 they are carried
-#: multiplied by this power of two (an exact factor), which keeps probabilities down to 6e-11 from vanishing.
-FP16_GRADIENT_SCALE = 1024.0
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    """What gradients of a chunk are multiplied by until the loss scale of mixed precision is known.
+
+    A power of two is exact, and in float16 this one keeps probabilities down to 6e-11 from vanishing.
+    """
+    return 1024.0 if dtype == torch.float16 else 1.0  # literals: torch.compile(dynamic=True) makes global floats inputs
 
 
 def auto_chunk_tokens(vocab_size: int, dtype: torch.dtype, *, compiled: bool, weight_learns: bool = False) -> int:
@@ -232,7 +236,7 @@ def linear_loss(
         device=str(hidden.device),
         per_token=tuple((tensor.dtype, shape) for tensor, shape in zip(per_token, shapes, strict=True)),
         chunk_tokens=chunk_tokens,
-        gradient_scale=FP16_GRADIENT_SCALE if dtype == torch.float16 else 1.0,
+        gradient_scale=_gradient_scale(dtype),
         reduce=reduction != "none",
         compile=compile_loss,
         check_finite=check_finite,

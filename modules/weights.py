@@ -172,7 +172,8 @@ class SafetensorsCheckpoint:
         """
         stored = self._find(name)
         start, stop, _ = slice(start, stop).indices(stored.nbytes)
-        data = torch.empty(max(0, stop - start), dtype=torch.uint8)
+        # Also under torch.device("cuda"), as Lightning builds models with some strategies.
+        data = torch.empty(max(0, stop - start), dtype=torch.uint8, device="cpu")
         stored.stream.seek(stored.offset + start)
         if stored.stream.readinto(data.numpy().data) != data.numel():
             raise ValueError(f"{stored.stream.name} has become shorter: {name!r} cannot be read. Download it again.")

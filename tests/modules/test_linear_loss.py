@@ -297,20 +297,23 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, loss: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("loss", "dynamic"),
+    ("loss", "dynamic", "dtype"),
     [
-        (losses.cross_entropy, None),
-        (losses.cross_entropy, True),
-        (functools.partial(losses.cross_entropy, z_loss=0.1), None),  # dynamic=True would make 0.1 a variable
+        (losses.cross_entropy, None, torch.float32),
+        (losses.cross_entropy, True, torch.float32),
+        (losses.cross_entropy, True, torch.float16),  # whose gradients are scaled
+        (functools.partial(losses.cross_entropy, z_loss=0.1), None, torch.float32),  # dynamic=True: 0.1 were a variable
     ],
 )
-def test_inside_torch_compile_no_break_and_no_recompilation_over_lengths(loss: Any, dynamic: bool | None) -> None:
+def test_inside_torch_compile_no_break_and_no_recompilation_over_lengths(
+    loss: Any, dynamic: bool | None, dtype: torch.dtype
+) -> None:
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=dynamic)
     inductor = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for length in (20, 33, 41, 9):
-        hidden, weight, _, labels = make(t=length, dtype=torch.float32)
+        hidden, weight, _, labels = make(t=length, dtype=dtype)
         labels[:3] = -100
         for tensor in (hidden, labels):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

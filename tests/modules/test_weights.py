@@ -429,3 +429,15 @@ def test_a_changed_weight_changes_the_fingerprint(copied):
     before = SafetensorsCheckpoint(copied).fingerprint()
     rewrite(copied, lambda tensors: tensors["model.norm.weight"][5:6].add_(0.5))
     assert SafetensorsCheckpoint(copied).fingerprint() != before
+
+
+def test_a_default_device_does_not_matter(tiny_llama_4bit_dir):
+    """Some of Lightning's strategies build models with the GPU as the default; "meta" stands for it here."""
+    states = []
+    for default in ("cpu", "meta"):
+        checkpoint = SafetensorsCheckpoint(tiny_llama_4bit_dir)
+        model = build_llama(checkpoint, default_lora(4))
+        with torch.device(default):
+            materialize(model, checkpoint, torch.device("cpu"), seed=0)
+        states.append({**model.state_dict(), "inv_freq": model.model.rotary_emb.inv_freq})
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
