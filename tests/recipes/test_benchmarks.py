@@ -250,3 +250,26 @@ def test_the_device_is_busy_once_where_kernels_overlap(train_step, monkeypatch):
         "4 kernels, copies and fills of 11.0 ms:"
     )
     assert [row.split() for row in rows] == [["6.000", "2", "a"], ["5.000", "2", "b"]]
+
+
+# --- what fits a T4
+
+
+def test_a_configuration_that_does_not_fit_is_a_row_that_says_so(scripts, tmp_path, monkeypatch):
+    t4_memory = import_module("t4_memory")
+    figures = {"train_allocated_gib": [1.0, 2.0], "train_reserved_gib": [4.0, 3.0]}
+    monkeypatch.setattr(t4_memory, "checkpoint_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(t4_memory, "ON_CPU", [t4_memory.Configuration("llama-3.1-8b", batch_size=b) for b in (1, 40)])
+    monkeypatch.setattr(t4_memory, "measure", lambda c, *args: figures if c.batch_size == 1 else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    t4_memory.main(results=tmp_path)
+    small, large = json.loads((tmp_path / "t4_memory.json").read_text())["rows"]
+    assert small[-2:] == [2.0, 4.0]
+    assert large[-2:] == ["does not fit"] * 2
+    assert large[-3] > 2 * small[-3] > 8  # planned GiB
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts):
+    t4_memory = import_module("t4_memory")
+    with pytest.raises(RuntimeError, match="batch_size must be at least 1"):
+        t4_memory.measure(t4_memory.Configuration("tiny", batch_size=0), "32-true", capped=False)
