@@ -6,14 +6,14 @@ An operator takes no Python function: a graph refers to loss and settings by num
 from __future__ import annotations
 
 import functools
-import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_qlora.modules.autograd_in_operators import with_autograd
 from lightning_qlora.modules.linear_loss_chunks import Inputs, Outcome, Wanted, run_chunks, scaled_gradient
 from lightning_qlora.modules.loss_gradient import Loss, Plan, Returns, Settings, make_plan
 
@@ -82,30 +82,7 @@ def _linear_loss(*arguments: Any) -> Outcome:
     """``arguments`` as in the schema: those of :class:`Inputs`, then cotangents, wanted and plan."""
     inputs, (cotangents, wanted, number) = Inputs(*arguments[:-3]), arguments[-3:]
     work = functools.partial(run_chunks, _PLANS[number], inputs, cotangents, Wanted(*wanted))
-    with torch.enable_grad():
-        autograd_is_on = (torch.zeros(1, requires_grad=True) * 1).requires_grad
-    # AOTAutograd runs a new graph for the first time under a dispatch mode, inside which autograd is off for the whole
-    # thread. Another thread has its own state.
-    return work() if autograd_is_on else _in_new_thread(work, inputs.hidden)
-
-
-def _in_new_thread(work: Callable[[], Outcome], hidden: Tensor) -> Outcome:
-    outcome: list[Any] = []
-    stream = torch.cuda.current_stream(hidden.device) if hidden.is_cuda else None
-
-    def run_here() -> None:
-        try:
-            with torch.cuda.stream(stream):
-                outcome.append(work())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run_here)
-    thread.start()
-    thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[no-any-return]
+    return with_autograd(work, inputs.hidden.device)
 
 
 def _linear_loss_fake(*arguments: Any) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from lightning_qlora.modules.attention import SDPA_REPEATED_KV, register_attention
+from lightning_qlora.modules.attention import IMPLEMENTATION, attention_inputs, register_attention
 from lightning_qlora.modules.compilation import CompileMode, compile_region
 from lightning_qlora.modules.linear_cross_entropy import LossHead
 from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype, local_tensor
@@ -150,6 +150,7 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         self.model.norm = _FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.model.rotary_emb = _Float32RotaryEmbedding(config=config)
         self.is_compiled = False
+        self.attention_backend: str | None = None  # transformers' own, by name
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -165,18 +166,38 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         num_loss_tokens: int | None = None,
+        document_lengths: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``LlamaForCausalLM.forward``, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
 
         The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean.
         ``num_loss_tokens`` is how many of ``labels[:, 1:]`` count: given it, the host need not wait for the device.
+
+        ``document_lengths`` says how many tokens each document of a packed row has, and that none sees another;
+        ``position_ids`` [B, S] then restart at 0 for each, and the label of a document's first token is -100.
+
+        Raises:
+            ValueError: If ``document_lengths`` do not describe the batch, or with a mask, a cache or an attention of
+                transformers.
         """
+        if document_lengths is not None:
+            self._check_packed(attention_mask, past_key_values)
+        trains = labels is not None and attention_mask is None and position_ids is None
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is not None and self.attention_backend is not None and (trains or document_lengths is not None):
+            use_cache = False
+            prepared = attention_inputs(
+                self.attention_backend, shape=(given.shape[0], given.shape[1]), device=given.device,
+                document_lengths=document_lengths, sliding_window=self.config.attention_window,
+            )  # fmt: skip
+            kwargs.update(prepared)
+        else:
+            kwargs["attention_mask"] = attention_mask
         if labels is None:
             with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
                 return super().forward(
                     input_ids=input_ids,
-                    attention_mask=attention_mask,
                     position_ids=position_ids,
                     past_key_values=past_key_values,
                     inputs_embeds=inputs_embeds,
@@ -186,7 +207,6 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
                 )
         hidden = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
@@ -198,11 +218,24 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
+    def _check_packed(self, attention_mask: Tensor | None, past_key_values: Any) -> None:
+        if self.attention_backend is None:
+            raise ValueError(
+                f"attention={self.config._attn_implementation!r} would let packed documents see each other. Build the "
+                "model with attention='sdpa' (or 'flex', 'flash', 'xformers')."
+            )
+        if attention_mask is not None or past_key_values is not None:
+            raise ValueError(
+                "document_lengths say all there is to say of who sees whom: give no attention_mask and no cache with "
+                "them. Padding is a document of its own, at the end of its row."
+            )
+
     def compile_regions(self, mode: CompileMode = "default", *, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile rotary embedding, decoder layers and final norm, each as one graph for any B and S.
 
-        The loss compiles itself (see ``linear_loss``). Call it before ``fully_shard``. Without ``labels`` the model
-        goes on running uncompiled: a cache that grows by a token at a time would be compiled again and again.
+        The loss compiles itself (see ``linear_loss``). Call it before ``fully_shard``. Where no gradients are computed,
+        the layers are one more graph and the norm runs as it is. Without ``labels`` the whole model goes on running
+        uncompiled: a cache that grows by a token at a time would be compiled again and again.
 
         Args:
             mode: ``"off"`` does nothing.
@@ -230,13 +263,18 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
 
 
 class _FinalNorm(LlamaRMSNorm):
-    """The norm before the head, over a list of tokens: whether they are one sample or many makes no second graph."""
+    """The norm before the head, over a list of tokens: whether they are one sample or many makes no second graph.
+
+    Without gradients it runs uncompiled, which spares validation a graph and costs it nothing that matters.
+    """
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [..., H] -> [..., H]."""
         # Not an ordinary view, for torch.compile also guards the shape of what a tensor is a view of.
         tokens = torch.ops.aten._unsafe_view(hidden_states, [-1, hidden_states.shape[-1]])
-        return super().__call__(tokens).view_as(hidden_states)  # type: ignore[no-any-return]
+        compiled = contextlib.nullcontext() if torch.is_grad_enabled() else torch.compiler.set_stance("force_eager")
+        with compiled:
+            return super().__call__(tokens).view_as(hidden_states)  # type: ignore[no-any-return]
 
 
 class _Float32RotaryEmbedding(LlamaRotaryEmbedding):
@@ -287,6 +325,7 @@ def build_llama(
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    sliding_window: int | None = None,
     checkpoint_activations: bool = False,
 ) -> QLoRALlamaForCausalLM:
     """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
@@ -298,18 +337,20 @@ def build_llama(
         checkpoint: The base model (only headers are read here).
         lora: The adapters, on any of ``LLAMA_PROJECTIONS``.
         dtype: Of embeddings, norms and head.
-        attention: An attention implementation of transformers, or ``"sdpa_repeated_kv"``, which is then registered.
+        attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose: a ``Backend`` or ``"eager"``.
+        sliding_window: How many tokens one sees, itself included; ``None`` for all before it.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
 
     Raises:
         ValueError: If the model is not a Llama, or ``lora`` is not supported.
     """
     config = load_config(checkpoint.directory)
-    if attention == SDPA_REPEATED_KV:
-        register_attention()
-    config._attn_implementation = attention
+    register_attention()
+    config._attn_implementation = attention if attention == "eager" else IMPLEMENTATION
+    config.attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
         model = QLoRALlamaForCausalLM(config)
+    model.attention_backend = None if attention == "eager" else attention
     for parent_name, parent in list(model.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -369,7 +410,9 @@ def materialize(
     check_weights(model, checkpoint)
     model.to_empty(device=parameters_on or device)
     # inv_freq is in no checkpoint, and to_empty() has just overwritten it. The module itself may be compiled: keep it.
-    for name, buffer in _Float32RotaryEmbedding(config=model.config).named_buffers():
+    with torch.device("cpu"):  # some of Lightning's strategies make the GPU the default, where rounding differs
+        rotary = _Float32RotaryEmbedding(config=model.config)
+    for name, buffer in rotary.named_buffers():
         setattr(model.model.rotary_emb, name, buffer.to(device))
     if parameters_on is not None and parameters_on != device:
         for module in model.modules():
@@ -395,7 +438,8 @@ def init_lora(model: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
             bound = 1 / math.sqrt(parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of [r, in]
-            full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            full = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            full.uniform_(-bound, bound, generator=generator)
             copy_local_rows(parameter, full.to(parameter.dtype))
         elif ".lora_B." in name:
             local_tensor(parameter).zero_()

@@ -38,7 +38,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig
 
-from lightning_qlora.modules.attention import SDPA_REPEATED_KV, default_attention
+from lightning_qlora.modules.attention import SDPA_REPEATED_KV, sdpa_backend
 from lightning_qlora.modules.capabilities import Precision, compute_dtype
 from lightning_qlora.modules.linear_loss import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 
@@ -70,7 +70,7 @@ class Settings:
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
         prefetch: Layers that FSDP2 gathers ahead; 0 leaves it to FSDP2, which gathers one.
         shard_size: Ranks that one copy is sharded over (hybrid sharding); ``None`` for all.
-        compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``default_attention`` says for it.
+        compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it.
 
     Raises:
         ValueError: If a count is below 1.
@@ -291,7 +291,7 @@ def _kept_bytes(s: Settings, layer: _Layer) -> int:
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     h, i, heads = int(c.hidden_size), int(c.intermediate_size), int(c.num_attention_heads)
     q, k = (layer[f"self_attn.{name}"].rows for name in ("q_proj", "k_proj"))
-    if default_attention(s.compute_capability) == SDPA_REPEATED_KV:
+    if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) == SDPA_REPEATED_KV:
         k = q
     adapted = {name.rpartition(".")[2] for name, p in layer.items() if p.rank}
     norms = 2 * (4 * h + 4)

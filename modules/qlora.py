@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer
 
 from lightning_qlora.modules.adapters import load_adapter, read_adapter, save_adapter
-from lightning_qlora.modules.attention import default_attention
+from lightning_qlora.modules.attention import AttentionName, check_attention, choose_attention
 from lightning_qlora.modules.capabilities import compute_dtype
 from lightning_qlora.modules.checkpointing import check_state, read_checkpoint, trained_shapes
 from lightning_qlora.modules.compilation import CompileMode, check_compile_mode
@@ -59,7 +59,9 @@ class QLoRALlama(L.LightningModule):
 
     A batch is a dict with ``input_ids`` and ``labels``, int64 [B, S], right-padded, labels -100 where no loss is taken,
     and ``num_loss_tokens``, the number of other labels in ``labels[:, 1:]`` as a python int. No attention mask is
-    needed: attention is causal, so a token never sees the padding to its right.
+    needed: attention is causal, so a token never sees the padding to its right. A batch of packed rows also has
+    ``position_ids``, int64 [B, S], restarting at 0 for each document, and ``document_lengths``, for each row a list of
+    python ints that sum to S.
 
     The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however
     unequal. Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the
@@ -75,8 +77,10 @@ class QLoRALlama(L.LightningModule):
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
         weight_decay: AdamW's, on the adapters.
         checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
-        attention: An attention implementation of transformers. By default ``"sdpa"``, or on GPUs without flash
-            attention ``"sdpa_repeated_kv"`` (see :mod:`~lightning_qlora.modules.attention`).
+        attention: ``"auto"``, ``"sdpa"``, ``"flex"``, ``"flash"`` or ``"xformers"``, which all compute the same (see
+            :func:`~lightning_qlora.modules.attention.choose_attention`); ``"eager"`` is transformers' own.
+        sliding_window: A token sees this many, itself included; ``None`` for all before it.
+        packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
         compile: Compile the model's parts with torch.compile (see ``QLoRALlamaForCausalLM.compile_regions``).
         compile_backend: As in :func:`~lightning_qlora.modules.compilation.compile_region`.
         init_adapter: Directory of a peft LoRA adapter to continue from.
@@ -99,7 +103,9 @@ class QLoRALlama(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
         checkpoint_activations: bool = False,
-        attention: str | None = None,
+        attention: AttentionName | Literal["eager"] = "auto",
+        sliding_window: int | None = None,
+        packing: bool = False,
         compile: CompileMode = "off",
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
@@ -120,7 +126,8 @@ class QLoRALlama(L.LightningModule):
         self.lora = check_lora(lora or default_lora())
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay, self.checkpoint_activations = weight_decay, checkpoint_activations
-        self.attention = attention
+        check_attention(attention, sliding_window)
+        self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
         self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
         self.init_adapter = None if init_adapter is None else Path(init_adapter)
         if self.init_adapter is not None:
@@ -144,8 +151,9 @@ class QLoRALlama(L.LightningModule):
         strategy = self.trainer.strategy
         dtype = compute_dtype(self.trainer.precision_plugin.precision)
         device, parameters_on = strategy.root_device, None
+        attention = self._attention(device, dtype, load_config(self.model_dir).attention_dropout)
         model = build_llama(
-            self.base, self.lora, dtype=dtype, attention=self._attention(device),
+            self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
             checkpoint_activations=self.checkpoint_activations,
         )  # fmt: skip
         model.compile_regions(self.compile_mode, backend=self.compile_backend)
@@ -157,18 +165,18 @@ class QLoRALlama(L.LightningModule):
             load_adapter(model, self.init_adapter, self.lora)
         self.model = model
 
-    def _attention(self, device: torch.device) -> str:
-        if self.attention is not None:
-            return self.attention
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        chosen = default_attention(capability)
-        if capability is not None and chosen != "sdpa":
-            major, minor = capability
-            rank_zero_info(
-                f"Attention: {chosen}. GPUs of compute capability {major}.{minor} have no flash attention, and SDPA's "
-                "memory-efficient kernel needs keys and values repeated for the queries that share them."
-            )
-        return chosen
+    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+        """The backend, after having said which and why."""
+        backend, reason = choose_attention(
+            self.attention,
+            packed=self.packing,
+            sliding_window=self.sliding_window,
+            compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype=dtype,
+            dropout=dropout,
+        )
+        rank_zero_info(f"Attention: {backend}. {reason}")
+        return backend
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Logits [B, S, V] of ``input_ids`` int64 [B, S], in the compute dtype."""
@@ -309,7 +317,8 @@ class QLoRALlama(L.LightningModule):
         # gathered.
         output = self._model(
             input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=1,
-            num_loss_tokens=batch["num_loss_tokens"],
+            num_loss_tokens=batch["num_loss_tokens"], position_ids=batch.get("position_ids"),
+            document_lengths=batch.get("document_lengths"),
         )  # fmt: skip
         return output.loss  # type: ignore[no-any-return]
 

@@ -111,7 +111,7 @@ def test_any_shape_is_one_of_few_graphs(tiny_llama_dir, first, backend):
         for shape in [first, *[s for s in shapes if (s[0] == 1) == (first[0] == 1)]]:
             ids = token_ids(*shape)
             torch.testing.assert_close(compiled(ids, labels=ids).loss, eager(ids, labels=ids).loss, rtol=1e-6, atol=0)
-    assert graphs.count == 6  # layer and norm without gradients
+    assert graphs.count == 5  # layer without gradients; the norm then runs uncompiled
 
 
 def test_logits_and_generation_compile_nothing(tiny_llama_dir):
@@ -320,7 +320,7 @@ def test_twenty_steps_are_those_of_the_uncompiled_model(
         assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert ours["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
         assert ours["answer"] == expected["answer"]
-        assert ours["graphs"] == 3 + 2  # training and validation
+        assert ours["graphs"] == 3 + 1  # training and validation
 
 
 def test_dropout_is_the_same_in_forward_and_in_the_recomputation(tiny_llama_dir):

@@ -167,6 +167,32 @@ def test_accumulated_micro_batches_are_one_big_batch(strategy, trainer, tiny_lla
             torch.testing.assert_close(record.gradients[name], gradient * factor, rtol=1e-5, atol=1e-6)
 
 
+def pack(documents: list[dict[str, Any]], rows: list[list[int]]) -> dict[str, Any]:
+    """Rows of the documents (of one sample each) with these numbers."""
+
+    def joined(name: str) -> Tensor:
+        return torch.stack([torch.cat([documents[i][name][0] for i in row]) for row in rows])
+
+    lengths = [[documents[i]["input_ids"].shape[1] for i in row] for row in rows]
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    tokens = sum(document["num_loss_tokens"] for document in documents)
+    return {
+        "input_ids": joined("input_ids"), "labels": joined("labels"), "position_ids": positions,
+        "document_lengths": lengths, "num_loss_tokens": tokens,
+    }  # fmt: skip
+
+
+def test_a_step_on_packed_rows_is_one_on_their_documents(strategy, trainer, tiny_llama_dir, adapter):
+    documents = [batch([length], length) for length in (6, 3, 5, 4)]
+    loss, gradients = dense_mean_loss(tiny_llama_dir, adapter, join(*documents))
+    record = Record()
+    module = QLoRALlama(tiny_llama_dir, default_lora(4), init_adapter=adapter, packing=True)
+    trainer(strategy(), callbacks=[record]).fit(module, loader(pack(documents, [[0, 1], [2, 3]])))
+    assert record.losses == [pytest.approx(loss, rel=1e-6)]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(record.gradients[name], gradient, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_without_any_token_is_a_step_of_zero_loss(trainer, tiny_llama_dir, adapter):
     record = Record()
     module = QLoRALlama(tiny_llama_dir, default_lora(4), init_adapter=adapter)
@@ -191,20 +217,37 @@ def test_gradients_are_gone_when_the_next_step_computes_its_loss(strategy, train
     assert there == [0, 2 * 2 * 7, 0, 2 * 2 * 7]
 
 
-def test_attention_is_chosen_by_the_device_unless_named(monkeypatch, trainer, tiny_llama_dir):
+def test_attention_is_chosen_by_device_precision_and_data_and_said(monkeypatch, trainer, tiny_llama_dir):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     said: list[str] = []
     monkeypatch.setattr("lightning_qlora.modules.qlora.rank_zero_info", said.append)
-    chosen = QLoRALlama(tiny_llama_dir)
-    assert chosen._attention(torch.device("cpu")) == "sdpa"
-    assert said == []
-    assert chosen._attention(torch.device("cuda", 0)) == "sdpa_repeated_kv"
-    assert "compute capability 7.5 have no flash attention" in said.pop()
-    assert QLoRALlama(tiny_llama_dir, attention="eager")._attention(torch.device("cuda", 0)) == "eager"
-    named = QLoRALlama(tiny_llama_dir, attention="sdpa_repeated_kv")
-    trainer().fit(named, loader(batch([6], 1)))
-    assert named.model.config._attn_implementation == "sdpa_repeated_kv"
-    assert said == []
+    gpu = torch.device("cuda", 0)
+    assert QLoRALlama(tiny_llama_dir)._attention(gpu, torch.float16, 0.0) == "sdpa_repeated_kv"
+    assert "Keys and values are repeated" in said.pop()
+    with pytest.raises(ValueError, match="attention='flash' needs compute capability"):
+        QLoRALlama(tiny_llama_dir, attention="flash")._attention(gpu, torch.float16, 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert QLoRALlama(tiny_llama_dir)._attention(gpu, torch.float16, 0.0) == "sdpa"
+    assert QLoRALlama(tiny_llama_dir, packing=True)._attention(gpu, torch.float16, 0.0) == "flash"
+    assert "packed rows" in said.pop()
+    said.clear()
+    windowed = QLoRALlama(tiny_llama_dir, sliding_window=3)
+    trainer().fit(windowed, loader(batch([6], 1)))
+    assert (windowed.model.attention_backend, windowed.model.config.attention_window) == ("sdpa", 3)
+    assert len(said) == 1
+    assert "a sliding window: one document at a time" in said[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "fast"}, "attention must be one of 'auto', 'sdpa', 'flex', 'flash', 'xformers', 'eager'"),
+        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+    ],
+)
+def test_attention_that_does_not_exist_is_refused_at_once(tiny_llama_dir, options, message):
+    with pytest.raises(ValueError, match=message):
+        QLoRALlama(tiny_llama_dir, **options)
 
 
 def test_validation_is_the_mean_over_all_tokens(strategy, trainer, tiny_llama_dir, adapter):
