@@ -9,7 +9,10 @@ Three properties hold together and are what the training loop stands on:
 * **A restart continues with the next sample that was not trained on**, whatever had been prefetched
   (:class:`ResumableDataLoader`).
 
-Shapes: B = samples in a batch of one rank, S = longest sample of the batch, rounded up.
+With packing, what is ordered, dealt and resumed are packs: rows of several samples, each a *document* that attends to
+itself alone.
+
+Shapes: B = samples (or packs) in a batch of one rank, S = the longest of the batch, rounded up.
 """
 
 import hashlib
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import datasets
 import jinja2
@@ -30,6 +33,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from lightning_qlora.modules.packing import pack_samples
 from lightning_qlora.modules.stdlib_docs import Chat, stdlib_api_cards
 
 DEFAULT_DATASET = "stdlib-api-cards"
@@ -41,11 +45,13 @@ _PAIR_FIELDS = (("instruction", "response"), ("instruction", "output"), ("prompt
 
 
 class Sample(TypedDict):
-    """One tokenized chat; both lists have the same length."""
+    """One tokenized chat, or a pack of several one after another; the first two lists have the same length."""
 
     input_ids: list[int]
     labels: list[int]
     """The token itself where the assistant speaks, ``IGNORE_INDEX`` elsewhere."""
+    document_lengths: NotRequired[list[int]]
+    """Of a pack, the tokens of each of its samples."""
 
 
 class Batch(TypedDict):
@@ -59,6 +65,24 @@ class Batch(TypedDict):
     """int64 [B, S], ``IGNORE_INDEX`` on prompts and padding; not shifted."""
     num_tokens: int
     """Tokens of real samples, padding and blank samples excluded."""
+    num_loss_tokens: int
+    """Predictions that count: labels other than ``IGNORE_INDEX`` in ``labels[:, 1:]``."""
+
+
+class PackedBatch(TypedDict):
+    """What the loaders yield with packing. There is no padding mask: padding is a document of its own."""
+
+    input_ids: torch.Tensor
+    """int64 [B, S], padded on the right."""
+    position_ids: torch.Tensor
+    """int64 [B, S], from 0 in each document."""
+    document_lengths: list[list[int]]
+    """Tokens of each document of each row; a row's sum to S, its padding being its last document. Python ints, so that
+    reading them never waits for a device."""
+    labels: torch.Tensor
+    """int64 [B, S], ``IGNORE_INDEX`` on prompts, padding and the first token of each document; not shifted."""
+    num_tokens: int
+    """Tokens of real samples, padding and blank packs excluded."""
     num_loss_tokens: int
     """Predictions that count: labels other than ``IGNORE_INDEX`` in ``labels[:, 1:]``."""
 
@@ -467,7 +491,7 @@ class ResumableDataLoader(DataLoader[Sample]):
         self,
         dataset: ChatDataset,
         sampler: GlobalBatchSampler,
-        collate_fn: Callable[[list[Sample]], Batch],
+        collate_fn: Callable[[list[Sample]], Batch | PackedBatch],
         batches_done: Callable[[], int],
         num_workers: int = 0,
     ) -> None:
@@ -520,8 +544,8 @@ def _refuse_changes(saved: Mapping[str, object], current: Mapping[str, object]) 
     if changed:
         raise ValueError(
             f"the checkpoint's place in the data does not fit this run ({', '.join(changed)}): samples would be "
-            "repeated or left out; resume with the same data, seq_len, seed and batch_size * devices, or start a new "
-            "run"
+            "repeated or left out; resume with the same data, seq_len, packing, seed and batch_size * devices, or "
+            "start a new run"
         )
 
 
@@ -562,6 +586,62 @@ class ChatCollator:
         }
 
 
+@dataclass(frozen=True)
+class PackedCollator:
+    """Pad packs to one length on the right, and say where their documents are.
+
+    Args:
+        pad_token_id: Fills ``input_ids``.
+        pad_to_multiple_of: S is the longest pack rounded up to a multiple of this. Packs of one data set differ by
+            about a short sample, so nearly all batches have one shape.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 8
+
+    def __call__(self, packs: Sequence[Sample]) -> PackedBatch:
+        """Return the batch of B = ``len(packs)`` packs, from :func:`join_samples`.
+
+        A sample without ``document_lengths`` is a pack of one document. A pack of one token counts as blank.
+
+        Raises:
+            ValueError: If the document lengths of a pack do not sum to its tokens.
+        """
+        padded = ChatCollator(self.pad_token_id, self.pad_to_multiple_of)(packs)
+        width = padded["input_ids"].shape[1]
+        document_lengths = []
+        for pack in packs:
+            tokens = len(pack["input_ids"])
+            lengths = list(pack.get("document_lengths", [tokens]))
+            if sum(lengths) != tokens or min(lengths) < 1:
+                raise ValueError(
+                    f"document_lengths {lengths} do not divide the {tokens} tokens of their pack: they must be at "
+                    "least 1 and sum to that"
+                )
+            document_lengths.append([*lengths, width - tokens] if tokens < width else lengths)
+        position_ids = torch.stack([torch.cat([*map(torch.arange, lengths)]) for lengths in document_lengths])
+        # The last token of a document must not learn to predict the first of the next.
+        labels = padded["labels"].masked_fill(position_ids == 0, IGNORE_INDEX)
+        return {
+            "input_ids": padded["input_ids"],
+            "position_ids": position_ids,
+            "document_lengths": document_lengths,
+            "labels": labels,
+            "num_tokens": padded["num_tokens"],
+            "num_loss_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        }
+
+
+def join_samples(samples: Iterable[Sample]) -> Sample:
+    """Return the pack of these samples, in their order."""
+    pack: Sample = {"input_ids": [], "labels": [], "document_lengths": []}
+    for sample in samples:
+        pack["input_ids"] += sample["input_ids"]
+        pack["labels"] += sample["labels"]
+        pack["document_lengths"].append(len(sample["input_ids"]))
+    return pack
+
+
 def _pad_right(rows: Iterable[list[int]], width: int, value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
 
@@ -574,11 +654,16 @@ class ChatDataModule(L.LightningDataModule):
     alone, not on their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the
     data is held out.
 
+    With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRALlama`` does). The
+    samples of both parts are packed once, by :func:`~lightning_qlora.modules.packing.pack_samples`; what is shuffled
+    each epoch are the packs. The loss of an epoch is that of the unpacked samples, in other batches.
+
     Args:
         tokenizer: A fast tokenizer with a chat template.
         dataset: Anything :func:`load_chats` reads.
-        batch_size: Samples of one batch on one device.
+        batch_size: Samples of one batch on one device; with ``packing``, packs.
         seq_len: Tokens kept of a sample; longer ones lose their end.
+        packing: Fill rows of at most ``seq_len`` tokens with samples.
         seed: Seed of the training order.
         val_samples: Chats to hold out, at most a tenth of all (repeated texts stay together and may exceed it).
         num_workers: Loader processes for each loader.
@@ -588,6 +673,8 @@ class ChatDataModule(L.LightningDataModule):
         ValueError: For arguments out of range.
     """
 
+    report_key = "data"
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -595,6 +682,7 @@ class ChatDataModule(L.LightningDataModule):
         *,
         batch_size: int,
         seq_len: int,
+        packing: bool = False,
         seed: int = 0,
         val_samples: int = 64,
         num_workers: int = 0,
@@ -613,6 +701,7 @@ class ChatDataModule(L.LightningDataModule):
         self.source = dataset
         self.batch_size = batch_size
         self.seq_len = seq_len
+        self.packing = packing
         self.seed = seed
         self.val_samples = val_samples
         self.num_workers = num_workers
@@ -626,9 +715,13 @@ class ChatDataModule(L.LightningDataModule):
         self.num_truncated = 0
         """Samples, train and held out, that lost tokens at the end."""
         self.num_train = 0
+        """Samples to train on, packed or not."""
         self.num_val = 0
+        """Samples held out, packed or not."""
+        self.fill: float | None = None
+        """With packing, the part of ``seq_len`` tokens that a training pack holds, on average."""
         self.fingerprint = ""
-        """SHA-256 of the training samples' tokens: the same data, tokenizer, template and ``seq_len`` give the same."""
+        """SHA-256 of the training set: equal for the same data, tokenizer, template, ``seq_len`` and ``packing``."""
 
     def load(self) -> None:
         """Read, check, tokenize and split the data, once; a second call does nothing.
@@ -653,10 +746,33 @@ class ChatDataModule(L.LightningDataModule):
         self.val_chats = [chat for chat, out in zip(chats, held_out, strict=True) if out]
         self.num_dropped, self.num_truncated = tokenized.num_dropped, tokenized.num_truncated
         self.num_train, self.num_val = len(train), len(val)
+        if self.packing:
+            train, val = _pack(train, self.seq_len), _pack(val, self.seq_len)
+            self.fill = sum(len(pack["input_ids"]) for pack in train) / (len(train) * self.seq_len)
         self.fingerprint = hashlib.sha256(json.dumps(train).encode()).hexdigest()
-        self.collator = ChatCollator(pad_token_id, self.pad_to_multiple_of)
+        collator = PackedCollator if self.packing else ChatCollator
+        self.collator = collator(pad_token_id, self.pad_to_multiple_of)
         self.val_set = ChatDataset(val, pad_token_id)
         self.train_set = ChatDataset(train, pad_token_id)
+        rank_zero_info(self._summary())
+
+    def report_section(self) -> dict[str, Any] | None:
+        """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
+
+        ``train_samples``, ``val_samples``, ``truncated`` and ``dropped`` are the ``num_`` attributes; with packing
+        there are also ``train_packs`` and ``val_packs``, the rows of both parts, and ``fill``.
+        """
+        if self.train_set is None or self.val_set is None:
+            return None
+        section: dict[str, Any] = {
+            "train_samples": self.num_train,
+            "val_samples": self.num_val,
+            "truncated": self.num_truncated,
+            "dropped": self.num_dropped,
+        }
+        if self.packing:
+            section |= {"train_packs": len(self.train_set), "val_packs": len(self.val_set), "fill": self.fill}
+        return section
 
     def setup(self, stage: str) -> None:
         """Lightning's hook, run on every rank."""
@@ -702,6 +818,18 @@ class ChatDataModule(L.LightningDataModule):
         """
         _refuse_changes(state_dict, self._identity())
 
+    def _summary(self) -> str:
+        train_set, val_set = self._loaded()
+        text = f"{self.source}: {self.num_train} samples to train on, {self.num_val} held out"
+        if self.num_truncated or self.num_dropped:
+            text += (
+                f"; seq_len={self.seq_len} cut the end of {self.num_truncated} of them, and {self.num_dropped} more "
+                "are left out, for it cut away what there was to learn"
+            )
+        if self.fill is not None:
+            text += f"; packed into {len(train_set)} and {len(val_set)} rows, {1 - self.fill:.1%} of them empty"
+        return text
+
     def _identity(self) -> dict[str, Any]:
         return {**self._sampler(self._loaded()[0]).identity(), "fingerprint": self.fingerprint}
 
@@ -728,6 +856,11 @@ class ChatDataModule(L.LightningDataModule):
         done: int = progress.current.processed  # type: ignore[attr-defined]  # declared as the tracker's base class
         # With limit_train_batches the last one comes early; num_train batches are past the end in any case.
         return self.num_train if progress.is_last_batch and done == progress.current.ready else done
+
+
+def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+    packs = pack_samples([len(sample["input_ids"]) for sample in samples], seq_len)
+    return [join_samples(samples[index] for index in pack) for pack in packs]
 
 
 def _held_out(chats: Sequence[Chat], count: int) -> list[bool]:

@@ -24,8 +24,10 @@ from lightning_qlora.modules.data import (
     ChatDataModule,
     ChatDataset,
     GlobalBatchSampler,
+    PackedCollator,
     ResumableDataLoader,
     choose_pad_token_id,
+    join_samples,
     load_chats,
     tokenize_chats,
 )
@@ -319,6 +321,51 @@ def test_a_blank_batch_counts_nothing_but_attends_to_its_token():
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
+def test_packs_are_padded_and_their_documents_told_apart():
+    samples: list[Any] = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, 6, 7]},
+        {"input_ids": [8, 8], "labels": [8, 8]},
+        {"input_ids": [9, 10, 11, 12], "labels": [9, IGNORE_INDEX, 11, 12]},
+    ]
+    packs = [join_samples(samples[:2]), samples[2]]
+    assert packs[0] == {
+        "input_ids": [5, 6, 7, 8, 8],
+        "labels": [IGNORE_INDEX, 6, 7, 8, 8],
+        "document_lengths": [3, 2],
+    }
+    batch = PackedCollator(pad_token_id=1, pad_to_multiple_of=5)(packs)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    assert {key: tensor.tolist() for key, tensor in tensors.items()} == {
+        "input_ids": [[5, 6, 7, 8, 8], [9, 10, 11, 12, 1]],
+        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]],
+        # Neither 7 nor 8 predicts what another document begins with.
+        "labels": [[-100, 6, 7, -100, 8], [-100, -100, 11, 12, -100]],
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
+    assert batch["document_lengths"] == [[3, 2], [4, 1]]
+    assert (batch["num_tokens"], batch["num_loss_tokens"]) == (9, 3 + 2)
+    counts = [batch["num_tokens"], batch["num_loss_tokens"], *batch["document_lengths"][1]]
+    assert {type(count) for count in counts} == {int}
+    # The counts are those of the same samples in a batch that is not packed.
+    unpacked = ChatCollator(pad_token_id=1)(samples)
+    assert (unpacked["num_tokens"], unpacked["num_loss_tokens"]) == (9, 5)
+
+
+def test_a_blank_pack_counts_nothing_but_has_documents():
+    dataset = numbered(3)
+    batch = PackedCollator(pad_token_id=0)([dataset[len(dataset)]])
+    assert (batch["num_tokens"], batch["num_loss_tokens"]) == (0, 0)
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    assert batch["document_lengths"] == [[1, 7]]
+
+
+@pytest.mark.parametrize("document_lengths", [[], [2], [2, 2], [3, 0], [4, -1]])
+def test_document_lengths_that_do_not_divide_a_pack_are_refused(document_lengths):
+    pack: Any = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "document_lengths": document_lengths}
+    with pytest.raises(ValueError, match="do not divide the 3 tokens of their pack"):
+        PackedCollator(pad_token_id=0)([pack])
+
+
 # --- order
 
 
@@ -568,9 +615,10 @@ def test_senseless_arguments_are_refused_before_any_reading(tokenizer, name, val
         ChatDataModule(tokenizer, "none.jsonl", **({"batch_size": 1, "seq_len": 8} | {name: value}))
 
 
-def test_two_ranks_split_train_and_validation_batches(tokenizer, rows):
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_ranks_split_train_and_validation_batches(tokenizer, rows, packing):
     def loaders(world_size: int, rank: int, batch_size: int) -> tuple[list[Any], list[Any]]:
-        data = ChatDataModule(tokenizer, rows, batch_size=batch_size, seq_len=64)
+        data = ChatDataModule(tokenizer, rows, batch_size=batch_size, seq_len=64, packing=packing)
         data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)  # type: ignore[assignment]
         return list(data.train_dataloader()), list(data.val_dataloader())
 
@@ -582,6 +630,70 @@ def test_two_ranks_split_train_and_validation_batches(tokenizer, rows):
             for count in ("num_tokens", "num_loss_tokens"):
                 assert first[count] + second[count] == whole[count]
     assert ranks[1][1][0]["num_loss_tokens"] == 0  # one held-out chat, so the second rank validates a blank
+
+
+# --- packing in the data module
+
+
+def documents(batch: Any) -> list[tuple[int, ...]]:
+    """The tokens of each document, padding included."""
+    return [
+        tuple(tokens.tolist())
+        for row, lengths in zip(batch["input_ids"], batch["document_lengths"], strict=True)
+        for tokens in row.split(lengths)
+    ]
+
+
+def loss_tokens(loader: Any) -> int:
+    return sum(batch["num_loss_tokens"] for batch in loader)
+
+
+def test_packs_hold_the_samples_of_the_unpacked_data(tokenizer, rows, caplog):
+    plain = ChatDataModule(tokenizer, rows, batch_size=3, seq_len=128)
+    packed = ChatDataModule(tokenizer, rows, batch_size=2, seq_len=128, packing=True)
+    assert packed.report_section() is None
+    with caplog.at_level("INFO"):
+        packed.load()
+        plain.load()
+    assert plain.train_set is not None
+    samples = [tuple(sample["input_ids"]) for sample in plain.train_set.rows]
+    lengths = sum(map(len, samples))
+    packs = math.ceil(lengths / 128)
+    batches = list(packed.train_dataloader())
+    assert len(batches) == math.ceil(packs / 2) > 1
+    found = [document for batch in batches for document in documents(batch) if set(document) != {0}]
+    assert sorted(found) == sorted(samples)
+    for batch in batches:
+        assert batch["input_ids"].shape[1] <= 128
+        assert "attention_mask" not in batch
+    assert sum(batch["num_tokens"] for batch in batches) == lengths
+    assert loss_tokens(batches) == loss_tokens(plain.train_dataloader())
+    assert loss_tokens(packed.val_dataloader()) == loss_tokens(plain.val_dataloader()) > 0
+    assert (packed.val_chats, packed.example()) == (plain.val_chats, plain.example())
+    assert packed.report_section() == {
+        **(plain.report_section() or {}),
+        "train_packs": packs,
+        "val_packs": 1,
+        "fill": lengths / (packs * 128),
+    }
+    assert [record.getMessage().removeprefix(f"{rows}: ") for record in caplog.records] == [
+        f"11 samples to train on, 1 held out; packed into {packs} and 1 rows, {1 - lengths / packs / 128:.1%} of them "
+        "empty",
+        "11 samples to train on, 1 held out",
+    ]
+
+
+def test_what_seq_len_cut_is_said(tokenizer, tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", chat("q", "a"), chat("q" * 99, "a"), chat("q", "a" * 99))
+    data = ChatDataModule(tokenizer, path, batch_size=2, seq_len=32, packing=True)
+    with caplog.at_level("INFO"):
+        data.load()
+    assert "2 samples to train on, 0 held out; seq_len=32 cut the end of 1 of them, and 1 more are left" in caplog.text
+    assert data.report_section() == {
+        "train_samples": 2, "val_samples": 0, "truncated": 1, "dropped": 1, "train_packs": 2, "val_packs": 0,
+        "fill": data.fill,
+    }  # fmt: skip
+    assert data.val_dataloader() == []
 
 
 # --- resuming a real Trainer
@@ -596,9 +708,7 @@ class Recorder(L.LightningModule):
         self.seen: list[list[list[int]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.seen.append(
-            [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-        )
+        self.seen.append(batch["input_ids"].tolist())
         return (self.weight * batch["input_ids"].double().mean()).square()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -667,13 +777,18 @@ def make_data(tokenizer, rows) -> Callable[..., ChatDataModule]:
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 6}], ids=["epochs", "steps"])
-def test_a_run_resumes_with_the_next_sample(make_data, tmp_path, length, accumulate):
+def test_a_run_resumes_with_the_next_sample(make_data, tmp_path, length, accumulate, packing):
     # Epochs have 4 micro-batches: 1 to 3 are inside the first, 4 ends it, 5 is inside the second.
+    def make() -> ChatDataModule:
+        return make_data(packing=True, seq_len=96, batch_size=1) if packing else make_data()
+
+    assert len(make().train_dataloader()) == 4
     for after in range(1, 6):
         options = {"accumulate_grad_batches": accumulate, **length}
-        assert_resumes(make_data, tmp_path / "c.ckpt", "on_train_batch_end", after, **options)
+        assert_resumes(make, tmp_path / "c.ckpt", "on_train_batch_end", after, **options)
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 10}], ids=["epochs", "steps"])
@@ -715,6 +830,7 @@ def test_a_finished_run_can_be_continued(make_data, tmp_path):
         ({"seed": 6}, "seed 5 -> 6"),
         ({"val_samples": 0}, "dataset_size 11 -> 12"),
         ({"seq_len": 28}, "fingerprint"),
+        ({"packing": True}, "fingerprint .*resume with the same data, seq_len, packing"),
     ],
 )
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
