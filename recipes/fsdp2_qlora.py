@@ -15,6 +15,7 @@ checkpoints to --output_dir. Ctrl-C saves a checkpoint; --resume goes on from th
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from lightning_qlora.callbacks import (
     StepCheckpoint,
     ThroughputReport,
 )
+from lightning_qlora.modules.attention import AttentionName
 from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, default_precision
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
@@ -56,6 +58,9 @@ def main(
     batch_size: int = 4,
     accumulate: int = 1,
     seq_len: int = 2048,
+    packing: bool = False,
+    attention: AttentionName = "auto",
+    sliding_window: int | None = None,
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
     lr: float = 3e-4,
     lora_r: int = 64,
@@ -73,6 +78,7 @@ def main(
     reshard_after_forward: bool = True,
     prefetch: int = 0,
     shard_size: int | None = None,
+    timeout_minutes: int = 30,
     prompt: str | None = None,
     dry_run: bool = False,
 ) -> int:
@@ -89,6 +95,9 @@ def main(
         batch_size: Samples of one micro-batch on one device.
         accumulate: Micro-batches of one optimizer step.
         seq_len: Longest sample in tokens; longer ones are cut at the end. Batches are padded to their own longest.
+        packing: Fill rows of seq_len with several samples each, which do not see one another; batch_size counts rows.
+        attention: What computes attention; auto takes the fastest that the GPU has for what is asked.
+        sliding_window: Tokens that one sees, itself included; default all before it.
         precision: auto takes bf16-mixed or 16-mixed on a GPU, as the hardware allows, and 32-true on CPU.
         lr: Peak learning rate; 5 % of the steps warm up, then cosine decay to 0.
         lora_r: Rank of the adapters, which sit on all seven projections.
@@ -106,11 +115,12 @@ def main(
         reshard_after_forward: Free gathered layers between forward and backward (fsdp2).
         prefetch: Layers to gather ahead; 0 leaves it to FSDP2, which gathers one.
         shard_size: GPUs that share one copy of the base (hybrid sharding); default all of them.
+        timeout_minutes: How long a rank waits for the others before it gives up.
         prompt: What to ask before and after training; default a held-out question of the data.
         dry_run: Print the predicted memory of each device, and end with status 1 if it would not fit.
     """
     positive(max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every)
-    positive(num_nodes=num_nodes)
+    positive(num_nodes=num_nodes, timeout_minutes=timeout_minutes)
     check_devices(devices)
     precision = default_precision() if precision == "auto" else check_precision(precision)
     launched = build_strategy(
@@ -124,6 +134,7 @@ def main(
         shard_size=shard_size,
         sharded_checkpoints=sharded_checkpoints,
         async_save=async_save,
+        timeout=timedelta(minutes=timeout_minutes),
     )
     lora = default_lora(lora_r, lora_alpha, lora_dropout)
     device = capabilities()
@@ -162,6 +173,7 @@ def main(
         seq_len=seq_len,
         seed=seed,
         val_samples=32,
+        packing=packing,
     )
     data.load()
     module = QLoRALlama(
@@ -174,6 +186,9 @@ def main(
         model_name=base_name(model, directory),
         seed=seed,
         compile=compile,
+        attention=attention,
+        sliding_window=sliding_window,
+        packing=packing,
     )
     module.check_checkpoint(checkpoint)
 
