@@ -1,0 +1,101 @@
+"""One layer's attention by itself: causal over whole rows, and inside the documents of packed rows.
+
+Shapes: B rows, S tokens a row, N heads of queries, K of keys and values, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch.utils.benchmark import Timer
+from transformers import AttentionInterface, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from lightning_qlora.modules.attention import (
+    IMPLEMENTATION,
+    attention_inputs,
+    choose_attention,
+    register_attention,
+    sdpa_backend,
+)
+from lightning_qlora.modules.capabilities import capabilities
+from lightning_qlora.modules.peak_memory import peak_mib
+
+AttentionName = Literal["sdpa", "flex", "flash", "xformers"]
+
+
+def attentions_here(names: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], dict[str, str]]:
+    """Which can compute packed rows of ``dtype`` here: the ``Backend`` of those that can, the reason of the others."""
+    usable, refused = {}, {}
+    capability = capabilities().compute_capability
+    for name in names:
+        try:
+            backend, reason = choose_attention(
+                name, packed=True, sliding_window=None, compute_capability=capability, dtype=dtype
+            )
+        except ValueError as error:
+            backend, reason = "", str(error)
+        if backend.startswith(name):
+            usable[name] = backend
+        else:
+            refused[name] = reason
+    return usable, refused
+
+
+def measure_attention(
+    config: LlamaConfig,
+    document_lengths: list[list[int]],
+    backends: dict[str, str],
+    dtype: torch.dtype,
+    *,
+    seconds: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Time attention forward and backward on random inputs, without projections and without rotary embedding.
+
+    Args:
+        config: Its numbers of heads and head dimension count.
+        document_lengths: For each of B rows the lengths of its documents, which sum to S.
+        backends: What to measure on these documents: a ``Backend`` by the name in the result.
+        dtype: Of queries, keys and values.
+        seconds: How long to measure each.
+
+    Returns:
+        For whole rows with SDPA, and for each backend: ``attention``, its name; ``ms``, the median time; ``to causal``,
+        that over the whole rows' time; ``mask MiB``, the most memory that preparing its inputs for a batch takes, once
+        for all layers.
+    """
+    register_attention()
+    attend = AttentionInterface()[IMPLEMENTATION]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, length = len(document_lengths), sum(document_lengths[0])
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    # As in a layer: heads are the projections' inner dimension.
+    query, key, value = (
+        torch.randn(rows, length, n, config.head_dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for n in heads
+    )
+    gradient = torch.randn(rows, length, heads[0], config.head_dim, device=device, dtype=dtype)
+    with torch.device("meta"):
+        module = LlamaAttention(config, layer_idx=0)  # only asked for its attributes
+    found: list[dict[str, Any]] = []
+    causal = sdpa_backend(capabilities().compute_capability, dtype)
+    cases: list[tuple[str, str, list[list[int]] | None]] = [("causal", causal, None)]
+    cases += [(name, backend, document_lengths) for name, backend in backends.items()]
+    for name, backend, lengths in cases:
+
+        def prepare(backend: str = backend, lengths: list[list[int]] | None = lengths) -> dict[str, Any]:
+            return attention_inputs(backend, shape=(rows, length), device=device, document_lengths=lengths)
+
+        inputs = prepare()  # compiles what there is to compile
+
+        def step(inputs: dict[str, Any] = inputs) -> None:
+            output = attend(module, query, key, value, **inputs)[0]
+            torch.autograd.grad(output, (query, key, value), gradient)
+
+        step()
+        ms = 1000 * Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=seconds).median
+        ratio = ms / found[0]["ms"] if found else 1.0
+        found.append({"attention": name, "ms": ms, "to causal": ratio, "mask MiB": peak_mib(prepare, device.type)})
+    return found

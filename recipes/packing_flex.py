@@ -1,0 +1,198 @@
+r"""Train the same samples padded and packed, with each attention that runs here, and compare.
+
+    python recipes/packing_flex.py
+    python recipes/packing_flex.py --compile default
+
+Every run trains on the same samples in the same steps, so all losses must agree. Padded, each sample is a row as long
+as the longest of its micro-batch: all samples of a step in one, which fills a GPU as packing does, and a few at a time.
+Packed, they fill rows of each sequence length. Samples are the demo data's, of 62 to 156 tokens, 86 on average: a row
+of 2048 holds 23. Speed counts their tokens, not the padding. Each run is a process of its own, named by the samples of
+a micro-batch if padded, else by attention and tokens of a row. Then one layer's attention by itself, forward and
+backward: causal over whole rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal, cast, get_args
+
+import lightning.pytorch as L
+import torch
+from benchmarks.attention import AttentionName, attentions_here, measure_attention
+from benchmarks.packed_steps import draw_steps, packed_batches, padded_batches, read_samples, token_counts
+from compile_qlora import random_llama_1b
+from torch.utils.data import DataLoader
+
+from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
+from lightning_qlora.modules.capabilities import check_precision, compute_dtype, default_precision
+from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.compilation import CompileMode
+from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.llama import default_lora, load_config
+from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.strategies import build_strategy
+
+
+def train(module: QLoRALlama, batches: list[list[Any]], precision: str, report: Path) -> None:
+    """Train a step on each list of micro-batches, a quarter of the steps as warm-up, and write the report."""
+    every, warmup = list(itertools.chain(*batches)), len(batches) // 4
+    padding = 1 - sum(batch["num_tokens"] for batch in every) / sum(batch["input_ids"].numel() for batch in every)
+    trainer = L.Trainer(
+        devices=1, strategy=build_strategy("single", precision=precision), max_steps=len(batches),
+        accumulate_grad_batches=len(batches[0]), gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[
+            MemoryReport(), ThroughputReport(warmup_steps=warmup), CompileReport(max_recompiles=2),
+            RunReport(report, warmup_steps=warmup, metadata={"padding": padding}),
+        ],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(every, batch_size=None))  # type: ignore[arg-type]
+
+
+def row(name: str, report: dict[str, Any], padded: dict[str, Any]) -> dict[str, Any]:
+    """What the table shows of a run's report.json; ``difference`` is the largest of its losses, relative."""
+    speed, before = (median(each["sections"]["throughput"]["steps_tokens_per_s"]) for each in (report, padded))
+    return {
+        "run": name,
+        "tokens/s": speed,
+        "speed-up": speed / before,
+        "padding": report["metadata"]["padding"],
+        "peak GiB": max(report["peak_memory_gib"]),
+        "last loss": report["losses"][-1],
+        "difference": max(abs(a - b) / abs(b) for a, b in zip(report["losses"], padded["losses"], strict=True)),
+        **{key: report["sections"]["compile"][key] for key in ("graphs", "recompiles")},
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print dicts of the same keys."""
+    for cells in ([*rows[0]], *(each.values() for each in rows)):
+        print(" ".join(f"{cell:>14.4g}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells))
+
+
+def save_plot(path: Path, rows: list[dict[str, Any]], lengths: list[int]) -> None:
+    """Draw tokens/s and peak memory over the length of a row; the padded runs' are lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    by_name = {each["run"]: each for each in rows}
+    for axes, what in zip(figure.subplots(1, 2), ("tokens/s", "peak GiB"), strict=True):
+        for name in [name for name in by_name if name.startswith("padded")]:
+            axes.axhline(by_name[name][what], linestyle="--", color=f"{0.3 + 0.4 * len(axes.lines)}", label=name)
+        for attention in dict.fromkeys(name.split()[0] for name in by_name if not name.startswith("padded")):
+            axes.plot(lengths, [by_name[f"{attention} {n}"][what] for n in lengths], marker="o", label=attention)
+        axes.set(title=what, xlabel="tokens of a row", ylim=(0, 1.1 * max(each[what] for each in rows)))
+        axes.set(xscale="log", xticks=lengths, xticklabels=lengths)
+        axes.minorticks_off()
+    axes.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def main(
+    model: str | None = None,
+    lengths: list[int] | None = None,
+    attentions: list[AttentionName] | None = None,
+    tokens: int | None = None,
+    batch_size: int = 4,
+    max_steps: int | None = None,
+    compile: CompileMode = "off",
+    backend: str = "inductor",
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
+    lora_r: int = 64,
+    output_dir: Path = Path("runs/packing_flex"),
+    run: str | None = None,
+) -> int:
+    """Measure each run and compare.
+
+    Args:
+        model: Demo model, transformers directory, GGUF file or hub name. If not given, the demo model; on a GPU random
+            weights of Llama-3.2-1B's shape.
+        lengths: Of the rows to pack into; default 1024, 2048, 4096 and 8192 tokens on a GPU, 256 and 1024 on CPU.
+        attentions: What to measure; default all that run here.
+        tokens: Of a step's packed rows, their padding included; default 16384 on a GPU and 1024 on CPU.
+        batch_size: Samples of a micro-batch in the second padded run.
+        max_steps: Optimizer steps, of which a quarter are warm-up; default 16 on a GPU and 4 on CPU.
+        compile: Compile each layer and the loss. Adds a run of rows of eight lengths, which must not compile often.
+        backend: Of torch.compile.
+        precision: auto takes bf16-mixed or 16-mixed on a GPU, as the hardware allows, and 32-true on CPU.
+        lora_r: Rank of the adapters.
+        output_dir: Where the reports go.
+        run: Do only this run of those that output_dir is for (what this recipe calls itself with).
+    """
+    on_gpu = torch.cuda.is_available()
+    lengths = sorted(lengths or ([1024, 2048, 4096, 8192] if on_gpu else [256, 1024]))
+    tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
+    max_steps = (16 if on_gpu else 4) if max_steps is None else max_steps
+    positive(batch_size=batch_size, max_steps=max_steps)
+    precision = default_precision() if precision == "auto" else check_precision(precision)
+    usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
+    directory = random_llama_1b() if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    samples = read_samples(directory)
+    counts = token_counts(samples)
+    if not max(counts) <= lengths[0] <= lengths[-1] <= tokens:
+        raise ValueError(
+            f"--lengths are {lengths}, but must be at least {max(counts)}, for the longest sample, and at most "
+            f"--tokens={tokens}."
+        )
+    steps = draw_steps(samples, lengths, tokens, max_steps)
+    if run is not None:
+        attention, rows = cast(tuple[Any, str], run.split())
+        module = QLoRALlama(
+            directory, default_lora(lora_r), checkpoint_activations=True, compile=compile, compile_backend=backend,
+            attention="sdpa" if attention == "padded" else attention, packing=attention != "padded",
+        )  # fmt: skip
+        varied = [max(max(counts), lengths[-1] * part // 16) for part in range(9, 17)]
+        row_lengths = varied if rows == "varied" else [int(rows)]
+        batches: Any = padded_batches(steps, int(rows)) if attention == "padded" else packed_batches(steps, row_lengths)
+        train(module, batches, precision, output_dir / run / "report.json")
+        return 0
+
+    print(f"{len(counts)} samples of {min(counts)} to {max(counts)} tokens, {mean(counts):.0f} on average")
+    for name, reason in refused.items():
+        print(f"{name} is not measured: {reason}")
+    names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
+    names += [f"{name} {length}" for length in lengths for name in usable]
+    names += [f"{name} varied" for name in usable] if compile != "off" else []
+    reports = run_all(names, output_dir)
+    if reports is None:
+        return 1
+    first = reports[names[0]]
+    table = [row(name, report, first) for name, report in reports.items()]
+    print_table(table)
+    alone = []
+    for length in lengths:
+        documents = packed_batches(steps[:1], [length])[0][0]["document_lengths"]
+        found = measure_attention(load_config(directory), documents, usable, compute_dtype(precision))
+        for each in found:
+            step = next((r["peak GiB"] for r in table if r["run"] == f"{each['attention']} {length}"), None)
+            alone.append({"row": length, **each, "of step's peak": each["mask MiB"] / 1024 / step if step else 0.0})
+    print_table(alone)
+    summary: dict[str, Any] = {key: first[key] for key in ("devices", "precision", "versions")}
+    summary |= {"tokens_of_samples": counts, "not_measured": refused, "runs": table, "attention_alone": alone}
+    summary["losses"] = {name: report["losses"] for name, report in reports.items()}
+    (output_dir / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    save_plot(output_dir / "comparison.png", table, lengths)
+    print(f"Wrote {output_dir / 'report.json'} and {output_dir / 'comparison.png'}.")
+    most = 1e-4 if precision == "32-true" else 1e-2
+    if differing := [each["run"] for each in table if each["difference"] > most]:
+        print(f"The losses of {', '.join(differing)} differ by more than {most} from the first run's.", file=sys.stderr)
+    return int(bool(differing))
+
+
+def run_all(names: list[str], output_dir: Path) -> dict[str, dict[str, Any]] | None:
+    """Call this recipe for each run and return the reports; ``None`` if one fails."""
+    reports = {}
+    for name in dict.fromkeys(names):
+        print(f"--- {name}", flush=True)
+        if subprocess.run([sys.executable, *sys.argv, "--run", name], check=False).returncode:
+            return None
+        reports[name] = json.loads((output_dir / name / "report.json").read_text())
+    return reports
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main))
