@@ -30,7 +30,8 @@ class StepCheckpoint(Checkpoint):
 
     Here an old checkpoint goes only when ``keep`` newer ones are on disk, whichever run wrote them, and those that
     ``GracefulStop`` wrote count as well. A full disk costs the checkpoint and not the run: training goes on with a
-    warning, and the next one is tried as if nothing had happened. Other failures end training.
+    warning, all but the latest checkpoint that is whole make room, and the next one is tried. Other failures end
+    training.
 
     With a strategy that writes while training goes on, ``strategy.finish_saving()`` is called on all ranks before the
     next checkpoint and when training ends; it must wait and raise ``OSError`` on all ranks if one failed. A strategy of
@@ -82,12 +83,12 @@ class StepCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.directory / f"{name}.ckpt", weights_only=False)
         if self.adapters is not None:
             self._save_adapter(trainer, pl_module, self.adapters / name)
-        self._prune(trainer)
+        self._prune(trainer, self.keep)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer)
-        self._prune(trainer)
+        self._prune(trainer, self.keep)
 
     def _save_adapter(self, trainer: pl.Trainer, pl_module: Any, directory: Path) -> None:
         partial = directory.with_name(f"{directory.name}.partial")
@@ -118,9 +119,10 @@ class StepCheckpoint(Checkpoint):
             raised_on_all = alone or trainer.world_size == 1 or hasattr(trainer.strategy, "finish_saving")
             if not (no_space and raised_on_all):
                 raise
-            rank_zero_warn(f"The disk is full: {error}. Training goes on; the next checkpoint will be tried again.")
+            rank_zero_warn(f"The disk is full: {error}. Training goes on; all checkpoints but the latest make room.")
+            self._prune(trainer, keep=1)
 
-    def _prune(self, trainer: pl.Trainer) -> None:
+    def _prune(self, trainer: pl.Trainer, keep: int) -> None:
         if not trainer.is_global_zero:
             return
         found = [
@@ -130,7 +132,7 @@ class StepCheckpoint(Checkpoint):
         ]
         # By age, not by step: after a resume from an older one, higher steps belong to a course that was given up.
         found.sort(reverse=True)
-        for _, step, path in found[self.keep :]:
+        for _, step, path in found[keep:]:
             trainer.strategy.remove_checkpoint(path)
             if self.adapters is not None:
                 shutil.rmtree(self.adapters / f"step={step}", ignore_errors=True)

@@ -233,7 +233,7 @@ class TrainedCheckpoints(Strategy):
     def _checkpoint_group(self) -> dist.ProcessGroup | None:
         # A group of its own, so that the writing thread's messages never mix with those of training.
         if self._group is None and is_distributed():
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=getattr(self, "timeout", None))
         return self._group
 
 
@@ -289,6 +289,8 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
 
 
 def _others(path: Path) -> str:
+    if not path.exists() and _replaced(path).exists():
+        return f" A run was killed while it replaced it. What was there is {_replaced(path)}: give it its name back."
     others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
     if not others:
         return " There is no other one beside it."
@@ -299,10 +301,17 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+def _replaced(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old{PARTIAL}")
+
+
 def _clear(path: Path) -> OSError | None:
     """Make room for ``path``: its directory, without what killed runs left half written. Returns what prevents it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for replaced in path.parent.glob(f"*.ckpt.old{PARTIAL}"):
+            if not (place := replaced.with_name(replaced.name.removesuffix(f".old{PARTIAL}"))).exists():
+                replaced.rename(place)  # killed before the new one had the name
         for left_behind in {_partial(path), *path.parent.glob(f"*.ckpt{PARTIAL}")}:
             _remove(left_behind)
     except OSError as error:
@@ -351,7 +360,7 @@ def _publish(partial: Path, path: Path) -> None:
     """Give what is written its name, in place of what has it."""
     replaced = None
     if path.is_dir() or (partial.is_dir() and path.exists()):  # only a file replaces a file in one step
-        replaced = path.with_name(f"{path.name}.old{PARTIAL}")
+        replaced = _replaced(path)
         _remove(replaced)
         path.rename(replaced)
     partial.replace(path)

@@ -46,7 +46,7 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
         timeout: How long a collective may wait for the other ranks.
 
     Raises:
-        ValueError: For a precision that the hardware lacks, or a size that makes no sense.
+        ValueError: For a precision that the hardware lacks, or a size or timeout that makes no sense.
     """
 
     def __init__(

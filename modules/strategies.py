@@ -80,10 +80,11 @@ def build_strategy(
         precision: As of :class:`FSDP2Strategy`.
         cpu_offload, reshard_after_forward, prefetch, shard_size: Of :class:`FSDP2Strategy`; only ``"fsdp2"`` has them.
         sharded_checkpoints, async_save: As of :class:`TrainedCheckpoints`.
-        timeout: How long a collective may wait for the other ranks.
+        timeout: How long a collective may wait for the other ranks, more than 0; ``"single"`` has none.
 
     Raises:
-        ValueError: If the strategy does not exist or has no such option, or ``"single"`` is to use several devices.
+        ValueError: If the strategy does not exist or has no such option, an option makes no sense, or ``"single"`` is
+            to use several devices.
     """
     saving: dict[str, Any] = {"sharded_checkpoints": sharded_checkpoints, "async_save": async_save}
     if name == "fsdp2":

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_qlora.callbacks import StepCheckpoint
+from lightning_qlora.callbacks import GracefulStop, StepCheckpoint
 from lightning_qlora.modules import checkpointing
 from lightning_qlora.modules.checkpointing import read_checkpoint
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
-from lightning_qlora.modules.strategies import OneDeviceStrategy
+from lightning_qlora.modules.strategies import OneDeviceStrategy, build_strategy
 from tests.distributed import RankPools
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -70,8 +71,10 @@ class Project(L.LightningModule):
 
 
 def fit(
-    strategy: Any, steps: int, *callbacks: L.Callback, resume: Path | None = None, module: Project | None = None
-) -> L.Trainer:
+    strategy: Any, steps: int, *callbacks: L.Callback, resume: Path | None = None, module: Project | None = None,
+    first: int = 0,
+) -> L.Trainer:  # fmt: skip
+    """Train on random batches, from the one of number ``first`` on: a plain loader begins anew after a resume."""
     distributed = dist.is_initialized()
     saving = any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer = L.Trainer(
@@ -80,7 +83,7 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     data = torch.randn(40, 4, 8, generator=torch.Generator().manual_seed(1))
-    trainer.fit(module or Project(), DataLoader(data, batch_size=None), ckpt_path=resume)
+    trainer.fit(module or Project(), DataLoader(data[first:], batch_size=None), ckpt_path=resume)
     return trainer
 
 
@@ -159,7 +162,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     ):
         trainer = fit(OneDeviceStrategy(async_save=async_save), 4, StepCheckpoint(tmp_path, 1, 2))
     assert trainer.global_step == 4
-    assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+    assert names(tmp_path) == ["step=2.ckpt"]  # the one before it made room
     resumed = fit(
         OneDeviceStrategy(async_save=async_save), 5, StepCheckpoint(tmp_path, 1, 2), resume=tmp_path / "step=2.ckpt"
     )
@@ -177,7 +180,8 @@ def test_an_adapter_that_does_not_fit_leaves_no_half_of_it(tmp_path: Path) -> No
     keep = StepCheckpoint(tmp_path / "c", 1, 3, tmp_path / "a")
     with pytest.warns(UserWarning, match="The disk is full: Error while serializing"):
         fit(OneDeviceStrategy(), 3, keep, module=Adapted())
-    assert names(tmp_path / "a") == ["step=1", "step=3"]
+    assert names(tmp_path / "a") == ["step=3"]
+    assert names(tmp_path / "c") == ["step=2.ckpt", "step=3.ckpt"]
     with pytest.raises(TypeError, match=r"needs Plain\.save_adapter"):
         fit(OneDeviceStrategy(), 3, keep, module=type("Plain", (Project,), {"save_adapter": None})())
 
@@ -195,35 +199,67 @@ def test_who_asks_for_a_checkpoint_hears_that_the_disk_is_full(tmp_path: Path, m
     assert (tmp_path / "x.ckpt").read_bytes() == before
 
 
-def fit_with_a_failing_rank(directory: Path, async_save: bool, code: int) -> tuple[Any, list[str]]:
-    patch, real, calls = pytest.MonkeyPatch(), FileSystemWriter.write_data, [0]
+WAYS = pytest.mark.parametrize(
+    "way",
+    [
+        {"name": "fsdp2"},
+        {"name": "fsdp2", "async_save": True},
+        {"name": "fsdp2", "sharded_checkpoints": True},
+        {"name": "fsdp2", "sharded_checkpoints": True, "async_save": True, "cpu_offload": True},
+        {"name": "ddp"},
+        {"name": "ddp", "sharded_checkpoints": True, "async_save": True},
+    ],
+    ids=lambda way: "-".join(way.values() if len(way) == 1 else [way["name"], *list(way)[1:]]),
+)
+
+
+def fit_with_a_failing_rank(directory: Path, way: dict[str, Any], code: int) -> tuple[Any, list[str]]:
+    """The rank that writes (of several the last) cannot write the second checkpoint, and rank 0 no second adapter."""
+    patch, sharded = pytest.MonkeyPatch(), way.get("sharded_checkpoints", False)
+    real_write, real_save = FileSystemWriter.write_data, checkpointing.torch.save
+    failing = dist.get_rank() == (dist.get_world_size() - 1 if sharded else 0)
+
+    def check(path: Any) -> None:
+        if failing and "step=2.ckpt" in str(path):
+            raise OSError(code, os.strerror(code))
 
     def write_data(self: FileSystemWriter, *args: Any) -> Any:
-        calls[0] += 1
-        if dist.get_rank() == 1 and calls[0] == 2:
-            raise OSError(code, os.strerror(code))
-        return real(self, *args)
+        check(self.path)
+        return real_write(self, *args)
+
+    def save(content: Any, file: Any) -> None:
+        check(getattr(file, "name", file))
+        real_save(content, file)
+
+    class Adapted(Project):
+        def save_adapter(self, directory: Path) -> None:
+            super().save_adapter(directory)
+            if code == errno.ENOSPC and self.global_rank == 0 and self.trainer.global_step == 2:
+                raise SafetensorError(f"I/O error: No space left on device (os error {code})")
 
     patch.setattr(FileSystemWriter, "write_data", write_data)
+    patch.setattr(checkpointing.torch, "save", save)
+    keep = StepCheckpoint(directory / "c", 1, 2, directory / "a")
     try:
-        strategy = FSDP2Strategy(sharded_checkpoints=True, async_save=async_save)
-        trainer = fit(strategy, 3, StepCheckpoint(directory, 1, 2))
-    except OSError as error:
-        return str(error), names(directory)
+        trainer = fit(build_strategy(**way), 3, keep, module=Adapted())
+    except OSError as failure:
+        return str(failure), names(directory / "c")
     finally:
         patch.undo()
-    return trainer.lightning_module.steps, names(directory)
+    return trainer.lightning_module.steps, names(directory / "c")
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@WAYS
 def test_one_rank_that_cannot_write_makes_all_ranks_do_without(
-    ranks: RankPools, tmp_path: Path, async_save: bool
+    ranks: RankPools, tmp_path: Path, way: dict[str, Any]
 ) -> None:
-    for steps, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "full", async_save, errno.ENOSPC):
+    rank = 1 if "sharded_checkpoints" in way else 0
+    for steps, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "full", way, errno.ENOSPC):
         assert steps == [1, 2, 3]
         assert kept == ["step=1.ckpt", "step=3.ckpt"]
-    for error, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "broken", async_save, errno.EIO):
-        assert "step=2.ckpt could not be written (rank 1: [Errno 5] Input/output error)" in error
+    assert names(tmp_path / "full" / "a") == ["step=1", "step=3"]
+    for error, kept in ranks.run(2, "cpu", fit_with_a_failing_rank, tmp_path / "broken", way, errno.EIO):
+        assert f"step=2.ckpt could not be written (rank {rank}: [Errno 5] Input/output error)" in error
         assert kept == ["step=1.ckpt"]
 
 
@@ -238,6 +274,40 @@ def test_a_place_that_is_no_directory_is_an_error_on_all_ranks(ranks: RankPools,
     (tmp_path / "file").touch()
     for error in ranks.run(2, "cpu", save_where_nothing_can_be, tmp_path / "file" / "x.ckpt"):
         assert "rank 0: [Errno" in error
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+class Signal(L.Callback):
+    """SIGTERM to the last rank alone, in the third step."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit_and_stop(directory: Path, way: dict[str, Any]) -> tuple[list[int], list[int], list[str], Tensor, Tensor]:
+    """Steps until the signal and after resuming; what was left; weights of this run and of one without a signal."""
+    stop = GracefulStop(directory)
+    first = fit(build_strategy(**way), 6, Signal(), stop)
+    left = names(directory)
+    assert stop.signum == signal.SIGTERM
+    again = fit(build_strategy(**way), 6, resume=stop.checkpoint_path, first=3)
+    whole = fit(build_strategy(**way), 6)
+    modules = [trainer.lightning_module for trainer in (first, again, whole)]
+    return modules[0].steps, modules[1].steps, left, modules[1].weights(), modules[2].weights()
+
+
+@WAYS
+def test_sigterm_to_one_rank_leaves_a_checkpoint_that_continues_exactly(
+    ranks: RankPools, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    for first, again, left, resumed, whole in ranks.run(2, "cpu", fit_and_stop, tmp_path, way):
+        assert (first, again) == ([1, 2, 3], [4, 5, 6])
+        assert left == ["interrupted-step=3.ckpt"]
+        assert torch.equal(resumed, whole)
+    assert (tmp_path / left[0]).is_dir() == ("sharded_checkpoints" in way)
 
 
 # -------------------------------------------------------------------------------------------------------- on the side
@@ -317,6 +387,24 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(ranks: RankPools, t
     (tmp_path / "step=2.ckpt.partial").write_text("half")
     ranks.run(2, "cpu", save_on_ranks, tmp_path / "step=2.ckpt", True)
     assert names(tmp_path) == ["step=2.ckpt"]
+
+
+def test_what_a_killed_run_was_replacing_comes_back(tmp_path: Path) -> None:
+    """Of a directory there is a moment between giving up its name and giving the new one that name."""
+
+    def strategy() -> OneDeviceStrategy:
+        return OneDeviceStrategy(sharded_checkpoints=True)
+
+    last = tmp_path / "last.ckpt"
+    trainer = fit(strategy(), 2)
+    trainer.save_checkpoint(last)
+    last.rename(tmp_path / "last.ckpt.old.partial")
+    (tmp_path / "last.ckpt.partial").mkdir()
+    with pytest.raises(ValueError, match=r"no checkpoint .*last\.ckpt\. A run was killed while it replaced it"):
+        fit(strategy(), 3, resume=last)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    assert names(tmp_path) == ["last.ckpt", "other.ckpt"]
+    assert fit(strategy(), 3, resume=last).lightning_module.steps == [3]
 
 
 def truncate(path: Path) -> None:

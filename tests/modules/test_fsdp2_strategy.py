@@ -12,6 +12,8 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
@@ -23,6 +25,7 @@ from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import build_llama, default_lora, load_config, materialize
 from lightning_qlora.modules.nf4_linear import NF4Linear, Quantized4bit
 from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.strategies import build_strategy
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
 from tests.distributed import RankPools, groups
 
@@ -250,7 +253,7 @@ def fit(
     module: L.LightningModule,
     data: Any,
     device: str,
-    strategy: FSDP2Strategy | None = None,
+    strategy: Strategy | None = None,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> L.Trainer:
@@ -423,6 +426,27 @@ def test_a_plain_lightning_project_trains_as_on_one_process(
         assert found_losses == pytest.approx(losses, rel=tolerance)
         for found, expected in zip(found_weights, weights, strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def fit_with_plugin(device: str, strategy: str, precision: Any) -> list[float]:
+    """A Trainer that is given the strategy and, apart from it, the precision."""
+    module = Project() if strategy == "fsdp2" else Project(forget_to_shard=True)
+    scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
+    plugins = [MixedPrecision(precision, device, scaler)]
+    fit(module, loader(), device, build_strategy(strategy), max_epochs=EPOCHS, gradient_clip_val=CLIP, plugins=plugins)
+    return module.losses
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(("world_size", "device"), groups(2))
+def test_a_plain_lightning_project_may_bring_its_precision_plugin(
+    ranks: RankPools, world_size: int, device: str, precision: str, strategy: str
+) -> None:
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    losses, _ = one_process_loop(dtype)
+    for found in ranks.run(world_size, device, fit_with_plugin, device, strategy, precision):
+        assert found == pytest.approx(losses, rel=5e-2 if precision == "bf16-mixed" else 5e-3)
 
 
 # ------------------------------------------------------------------------------------------- what travels, and when

@@ -1,7 +1,7 @@
-"""A QLoRA Llama under every strategy: equal losses, one another's checkpoints, and clear refusals."""
+"""A QLoRA Llama under every strategy: equal losses, one another's checkpoints, stock libraries, and clear refusals."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,16 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lightning_qlora.callbacks import StepCheckpoint
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.merge import merge_adapter
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.strategies import OneDeviceStrategy, ReplicatedStrategy, build_strategy
 from tests.distributed import RankPools, groups
@@ -181,6 +185,99 @@ def test_strategies_agree_in_half_precision(
             expected = expected or result
             assert all(map(math.isfinite, result[0]))
             assert result[0] == pytest.approx(expected[0], rel=2e-2)
+
+
+# --------------------------------------------------------------------------------------------- stock libraries and back
+
+SAMPLES = torch.randint(3, 300, (8, 1, 16), generator=torch.Generator().manual_seed(0))
+
+#: The number of ranks, options of the strategy, and options of the module.
+EVERY_WAY: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "single": (1, {"name": "single"}, {}),
+    "ddp": (2, {"name": "ddp"}, {}),
+    "ddp, async": (2, {"name": "ddp", "async_save": True}, {}),
+    "fsdp2": (2, {"name": "fsdp2"}, {"checkpoint_activations": True}),
+    "fsdp2, one rank, offload": (1, {"name": "fsdp2", "cpu_offload": True}, {}),
+    "fsdp2, offload, async": (2, {"name": "fsdp2", "cpu_offload": True, "async_save": True}, {}),
+    "fsdp2, sharded": (2, {"name": "fsdp2", "sharded_checkpoints": True}, {}),
+    "fsdp2, sharded, async": (2, {"name": "fsdp2", "sharded_checkpoints": True, "async_save": True}, {}),
+    "fsdp2, no resharding": (2, {"name": "fsdp2", "reshard_after_forward": False, "prefetch": 1}, {}),
+    # aot_eager: the graphs of "inductor" without its half a minute of code generation
+    "fsdp2, compiled": (2, {"name": "fsdp2"}, {"compile": "default", "compile_backend": "aot_eager"}),
+    "hybrid 2 x 2": (4, {"name": "fsdp2", "shard_size": 2, "sharded_checkpoints": True, "async_save": True}, {}),
+}
+
+
+def train_from(
+    model_dir: Path, adapter: Path, directory: Path, device: str, strategy: dict[str, Any], options: dict[str, Any]
+) -> tuple[list[float], Tensor]:
+    """Train from ``adapter``, four samples a step, each a micro-batch; returns losses and the logits of a sample."""
+    world_size = dist.get_world_size()
+    module = QLoRALlama(
+        model_dir, default_lora(4), learning_rate=1e-2, schedule="constant", init_adapter=adapter, **options
+    )
+    losses: list[float] = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step > len(losses):
+                losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    trainer = L.Trainer(
+        accelerator=device, devices=world_size, strategy=build_strategy(precision="32-true", **strategy),
+        max_steps=2, accumulate_grad_batches=4 // world_size, use_distributed_sampler=False, inference_mode=False,
+        callbacks=[Losses(), StepCheckpoint(directory / "checkpoints", 2, adapters=directory / "adapters")],
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    batches = [{"input_ids": ids, "labels": ids, "num_loss_tokens": ids.numel() - 1} for ids in SAMPLES]
+    trainer.fit(module, DataLoader(batches[dist.get_rank() :: world_size], batch_size=None))
+    with torch.no_grad():
+        return losses, module.eval()(SAMPLES[0].to(module.device)).cpu()
+
+
+@pytest.fixture(scope="module")
+def stock_adapter(
+    tiny_llama_4bit_dir: Path, dense_llama: Callable[[Path], LlamaForCausalLM], tmp_path_factory: Any
+) -> tuple[Path, float]:
+    """An adapter as peft makes it, of no small effect, and the loss of the first step by stock libraries."""
+    model = get_peft_model(dense_llama(tiny_llama_4bit_dir), default_lora(4))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    directory = tmp_path_factory.mktemp("stock") / "adapter"
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        return directory, float(torch.stack([model(ids, labels=ids).loss for ids in SAMPLES[:4]]).mean())
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=groups(2)[1].marks)])
+def test_adapters_and_bases_go_to_stock_libraries_and_back(
+    ranks: RankPools, tiny_llama_4bit_dir: Path, stock_adapter: tuple[Path, float],
+    dense_llama: Callable[[Path], LlamaForCausalLM], tmp_path: Path, device: str, way: str,
+) -> None:  # fmt: skip
+    """The base loads in stock transformers, alone and merged; the adapter comes from stock peft and loads there."""
+    world_size, strategy, options = EVERY_WAY[way]
+    if device == "cuda" and torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} CUDA GPUs")
+    adapter, first_loss = stock_adapter
+    results = ranks.run(
+        world_size, device, train_from, tiny_llama_4bit_dir, adapter, tmp_path, device, strategy, options, timeout=240
+    )
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-2}  # TF32 may be on
+    trained = tmp_path / "adapters" / "step=2"
+    stock = PeftModel.from_pretrained(dense_llama(tiny_llama_4bit_dir), trained).eval()
+    merge_adapter(tiny_llama_4bit_dir, trained, tmp_path / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    before = PeftModel.from_pretrained(dense_llama(tiny_llama_4bit_dir), adapter).eval()
+    with torch.no_grad():
+        expected, of_merged, of_before = (model(SAMPLES[0]).logits for model in (stock, merged, before))
+    assert (expected - of_before).abs().max() > 0.1
+    torch.testing.assert_close(of_merged, expected, **tolerance)
+    for losses, logits in results:
+        assert losses[0] == pytest.approx(first_loss, rel=tolerance["rtol"])
+        torch.testing.assert_close(logits, expected, **tolerance)
 
 
 # --------------------------------------------------------------------------------------------------------- the function

@@ -1,22 +1,16 @@
 """The main recipe by its command line: equal losses on one device, on two, in stock libraries, and after any death."""
 
-import contextlib
-import ctypes
 import importlib.util
 import json
 import math
 import os
-import queue
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import monotonic
 from types import ModuleType
 from typing import Any
 
@@ -26,145 +20,26 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lightning_qlora.callbacks.report import Report, load_report
+from lightning_qlora.callbacks.report import load_report
 from lightning_qlora.modules import capabilities
-from lightning_qlora.modules.checkpointing import read_checkpoint
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data import ChatDataModule
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import LLAMA_PROJECTIONS
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "fsdp2_qlora.py"
-STEPS = 20
-GLOBAL_BATCH, ACCUMULATE = 4, 2
-BATCHES_AN_EPOCH = 7
-
-Flags = dict[str, object]
-
-
-# ---------------------------------------------------------------------------------------------------------- running it
-
-
-def arguments(flags: Mapping[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-class Run:
-    """The recipe as a user starts it, in a session of its own. Leaving the context kills what is left of it."""
-
-    def __init__(self, flags: Mapping[str, object]) -> None:
-        ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-        environment = {key: value for key, value in os.environ.items() if key not in ours}
-        # On the CPU: gloo sums in a fixed order, so that equal runs have equal losses to the last bit.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(RECIPE), *arguments(flags)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-        self.text = ""
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)  # every process that could write has ended
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait_for_step(self, step: int, timeout: float = 120) -> None:
-        self._read_until(lambda line: line is not None and re.match(rf"step +{step}/", line) is not None, timeout)
-
-    def wait(self, timeout: float = 240) -> int:
-        """Wait until all processes have ended; returns the exit code of the first."""
-        self._read_until(lambda line: line is None, timeout)
-        return self.process.wait(10)
-
-    def second_process(self) -> int:
-        """The process id of rank 1."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (child,) = [int(pid) for pid in children if RECIPE.name in Path(f"/proc/{pid}/cmdline").read_text()]
-        return child
-
-    def _read_until(self, is_it: Callable[[str | None], bool], timeout: float) -> None:
-        deadline = monotonic() + timeout
-        while True:
-            try:
-                line = self._lines.get(timeout=max(0.0, deadline - monotonic()))
-            except queue.Empty:
-                raise AssertionError(f"nothing more came within {timeout} s after:\n{self.text}") from None
-            self.text += line or ""
-            if is_it(line):
-                return
-            assert line is not None, f"it ended before that:\n{self.text}"
-
-
-def train(flags: Mapping[str, object]) -> Report:
-    """Run to the end and return the report."""
-    with Run(flags) as run:
-        assert run.wait() == 0, run.text
-    report = load_report(Path(str(flags["output_dir"])) / "report.json")
-    assert report["status"] == "completed"
-    assert len(report["losses"]) == flags["max_steps"]
-    return report
-
-
-def difference(losses: list[Any], expected: list[Any]) -> float:
-    """The largest relative difference over the steps."""
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-
-
-# ------------------------------------------------------------------------------------------------------- model and data
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """27 chats, 2 of them held out; completions have between 1 and 60 words.
-
-    25 samples make 7 global batches, the last of one sample: rank 1 gets none of it, and the fourth step of each epoch
-    has one micro-batch instead of two.
-    """
-    words, draw = ["red", "green", "blue", "sky", "sea"], random.Random(0)
-    rows = [
-        {
-            "instruction": f"say {i} " + "x" * draw.randint(1, 30),
-            "response": " ".join(draw.choices(words, k=draw.choice([1, 2, 5, 60]))),
-        }
-        for i in range(27)
-    ]
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_llama_dir: Path, chats: Path) -> Flags:
-    """Of all runs of the tiny model, but for the devices and the output."""
-    return {
-        "model": tiny_llama_dir, "dataset": chats, "max_steps": STEPS, "accumulate": ACCUMULATE, "seq_len": 256,
-        "precision": "32-true", "lr": 5e-3, "lora_r": 4, "lora_alpha": 8, "seed": 7, "save_every": 1,
-    }  # fmt: skip
-
-
-def on(devices: int, output_dir: Path) -> Flags:
-    return {"devices": devices, "batch_size": GLOBAL_BATCH // devices, "output_dir": output_dir}
-
-
-@pytest.fixture(scope="module")
-def whole(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run on two devices that nothing interrupted. Read only."""
-    output_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(flags | on(2, output_dir))
-    return output_dir
-
+from tests.distributed import RankPools
+from tests.recipes.runs import (
+    GLOBAL_BATCH,
+    RECIPE,
+    STEPS,
+    Flags,
+    Run,
+    arguments,
+    checkpoints,
+    difference,
+    on,
+    train,
+)
 
 # --------------------------------------------------------------------------------------------------------------- parity
 
@@ -295,79 +170,6 @@ def test_the_demo_model_trains_as_in_stock_libraries(tmp_path: Path, capsys: pyt
 # -------------------------------------------------------------------------------------------------- deaths and resuming
 
 
-def checkpoints(output_dir: Path) -> list[str]:
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
-
-
-@contextlib.contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Make this process the parent of its descendants' orphans, so that it can wait for them (Linux)."""
-    set_child_subreaper = 36
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(set_child_subreaper, 1, 0, 0, 0) == 0
-    try:
-        yield
-    finally:
-        libc.prctl(set_child_subreaper, 0, 0, 0, 0)
-
-
-def assert_between_steps(output_dir: Path) -> None:
-    """No checkpoint was written while gradients of a step were accumulating: what is resumed would lack them."""
-    paths = list((output_dir / "checkpoints").iterdir())
-    assert paths
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
-        assert batches == BATCHES_AN_EPOCH or batches % ACCUMULATE == 0, (path, batches)
-        assert f"step={checkpoint['global_step']}." in path.name
-
-
-def run_and_kill(flags: Mapping[str, object], rank: int, first_step: int, last_step: int) -> None:
-    """SIGKILL one rank at a random moment after a random step; the other must end by itself, and not with success."""
-    step, delay = random.randint(first_step, last_step), random.uniform(0, 0.5)
-    with adopting_orphans(), Run(flags) as run:
-        run.wait_for_step(step)
-        second = run.second_process()
-        threading.Event().wait(delay)
-        killed_at = monotonic()
-        os.kill(run.process.pid if rank == 0 else second, signal.SIGKILL)
-        code = run.wait(timeout=60)
-        context = f"killed rank {rank} {delay:.2f} s after step {step}:\n{run.text}"
-        if rank == 0:
-            assert code == -signal.SIGKILL, context
-            code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
-        assert code != 0, context
-        print(
-            f"rank {rank} killed after step {step}; the other ended {monotonic() - killed_at:.1f} s later with {code}"
-        )
-    assert load_report(Path(str(flags["output_dir"])) / "report.json")["status"] in ("running", "failed"), context
-
-
-def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
-    """Rank 0 dies, then, in the resumed run, rank 1; what is resumed after that ends as if nothing had happened."""
-    expected = load_report(whole / "report.json")
-    assert checkpoints(whole) == [f"step={step}.ckpt" for step in (STEPS - 1, STEPS)]
-    assert_between_steps(whole)
-    output_dir = tmp_path / "run"
-    run_and_kill(flags | on(2, output_dir), 0, 2, 7)
-    resumed = flags | {"resume": True}
-    run_and_kill(resumed | on(2, output_dir), 1, 10, 17)
-    assert_between_steps(output_dir)
-    shutil.copytree(output_dir, tmp_path / "copy")
-
-    two = train(resumed | on(2, output_dir))
-    assert 7 <= two["resumed_from_step"] < STEPS
-    assert two["losses"] == expected["losses"]
-    # Lightning does not repeat a validation that was due at the very step of the checkpoint.
-    assert two["val_losses"] == [pair for pair in expected["val_losses"] if pair[0] != two["resumed_from_step"]]
-    adapter = Path("adapter", "adapter_model.safetensors")
-    assert (output_dir / adapter).read_bytes() == (whole / adapter).read_bytes()
-
-    one = train(resumed | on(1, tmp_path / "copy"))
-    assert one["resumed_from_step"] == two["resumed_from_step"]
-    assert difference(one["losses"], expected["losses"]) <= 1e-5
-
-
 def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
     """SIGTERM to rank 0 alone; then Ctrl-C, which reaches every process of the group; then on to the end."""
     flags = flags | on(2, tmp_path / "run") | {"save_every": 100}  # only what the signals leave
@@ -394,8 +196,7 @@ def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
+def load_recipe() -> ModuleType:
     spec = importlib.util.spec_from_file_location("fsdp2_qlora_recipe", RECIPE)
     assert spec is not None
     assert spec.loader is not None
@@ -403,6 +204,11 @@ def recipe() -> ModuleType:
     sys.modules[spec.name] = module  # where the command line looks up the types that annotations name
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    return load_recipe()
 
 
 def contents(directory: Path) -> dict[str, tuple[bytes, int]]:
@@ -569,6 +375,41 @@ def test_a_truncated_checkpoint_is_refused(refused: Callable[..., None], finishe
     damaged = latest(finished)
     damaged.write_bytes(damaged.read_bytes()[: int(kept * damaged.stat().st_size)])
     refused(rf"{damaged.name} is damaged.*Others in .*: step={STEPS - 1}.ckpt", resume=True, output_dir=finished)
+
+
+def run_here(flags: Flags) -> int:
+    """The recipe in this process, which is a rank of a pool."""
+    return run_recipe(load_recipe().main, arguments(flags))
+
+
+@pytest.fixture(scope="module")
+def sharded(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run on two devices that wrote sharded checkpoints on the side. Read only."""
+    output_dir = tmp_path_factory.mktemp("sharded") / "run"
+    with RankPools() as pools:
+        saving = {"sharded_checkpoints": True, "async_save": True, "max_steps": 3}
+        assert pools.run(2, "cpu", run_here, flags | on(2, output_dir) | saving) == [0, 0]
+    return output_dir
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "__1_0.distcp").unlink(), r"__1_0\.distcp is missing"),
+        (lambda path: os.truncate(path / "__0_0.distcp", 100), r"__0_0\.distcp has 100 bytes instead of \d+"),
+        (lambda path: os.truncate(path / "meta.pt", 100), "RuntimeError"),
+    ],
+    ids=["missing shard", "truncated shard", "truncated rest"],
+)
+def test_a_damaged_sharded_checkpoint_is_refused_and_the_previous_one_offered(
+    refused: Callable[..., None], sharded: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    output_dir = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    damage(latest(output_dir))
+    refused(rf"step=3\.ckpt is damaged.*{message}.*Others in .*: step=2\.ckpt", resume=True, output_dir=output_dir)
+    shutil.rmtree(latest(output_dir))  # as the message says
+    with pytest.raises(AssertionError, match="training began"):
+        refused("", resume=True, output_dir=output_dir)
 
 
 def test_what_is_no_checkpoint_is_refused(refused: Callable[..., None], finished: Path) -> None:
