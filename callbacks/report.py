@@ -220,7 +220,7 @@ class RunReport(Callback):
         self._steps.start(done)
         self._devices = gather(_device_name(trainer.strategy.root_device))
         self._measure(trainer)
-        self._write(trainer, "running")
+        self._write_on_the_way(trainer)
         self._steps.start(done)  # again: the first step does not wait for the file
 
     @override
@@ -247,7 +247,7 @@ class RunReport(Callback):
             )
         if done_here // self.flush_every_n_steps > (done_here - step.count) // self.flush_every_n_steps:
             self._measure(trainer)
-            self._write(trainer, "running")
+            self._write_on_the_way(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -308,6 +308,12 @@ class RunReport(Callback):
         ranks = gather((None if tokens is None else int(tokens), peak))
         self._peak_memory_gib = [peak / GIB for _, peak in ranks]
         self._tokens_per_s = self._steps.tokens_per_s([count for count, _ in ranks])
+
+    def _write_on_the_way(self, trainer: pl.Trainer) -> None:
+        try:
+            self._write(trainer, "running")
+        except OSError as error:  # a full disk, say, which may have room again by the end
+            rank_zero_warn(f"RunReport could not write {self.path} ({error}). Training goes on.")
 
     def _write(self, trainer: pl.Trainer, status: Status, error: str | None = None) -> None:
         if not trainer.is_global_zero:
@@ -399,7 +405,7 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 def _sections(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = {}
-    for source in [*_callbacks(trainer), trainer.lightning_module]:
+    for source in [*_callbacks(trainer), trainer.lightning_module, getattr(trainer, "datamodule", None)]:
         if isinstance(source, ReportSource) and (section := source.report_section()) is not None:
             sections[source.report_key] = dict(section)
     return sections

@@ -109,6 +109,7 @@ def main(directory: Path) -> int:
     third = train(directory, "third", ckpt_path=Path(str(second["checkpoint"])))
     result = {"whole": whole, "first": first, "second": second, "third": third}
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()  # its threads do not outlive the interpreter
     return int(str(first["exit_code"]))
 
 

@@ -1,5 +1,6 @@
 """What `report.json` says of runs that end well, are interrupted, fail or are resumed."""
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -207,6 +208,34 @@ def test_sections_of_other_callbacks_are_asked_for_after_their_end(
 
     trainer(RunReport(path), Graphs(), enable_checkpointing=False).fit(module(), batches(LOSSES))
     assert load_report(path)["sections"] == {"graphs": {"state": "finished", "seconds": None}}
+
+
+def test_a_data_module_has_a_section_too(path: Path, trainer: Make, module: Make, batches: Make) -> None:
+    class Data(pl.LightningDataModule):
+        report_key = "data"
+
+        def train_dataloader(self) -> Any:
+            return batches(LOSSES)
+
+        def report_section(self) -> dict[str, Any]:
+            return {"samples": len(LOSSES)}
+
+    trainer(RunReport(path), enable_checkpointing=False).fit(module(), datamodule=Data())
+    assert load_report(path)["sections"] == {"data": {"samples": len(LOSSES)}}
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_training(
+    path: Path, trainer: Make, module: Make, batches: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, report: Report) -> None:
+        if report["status"] == "running":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, report)
+
+    monkeypatch.setattr("lightning_qlora.callbacks.report.write_json", write)
+    with pytest.warns(UserWarning, match=r"could not write .*No space left on device\). Training goes on"):
+        trainer(RunReport(path, flush_every_n_steps=2), enable_checkpointing=False).fit(module(), batches(LOSSES))
+    assert load_report(path)["losses"] == LOSSES[:4]
 
 
 def test_graceful_stop_reports_no_section_without_a_signal(
