@@ -139,7 +139,7 @@ class ThroughputReport(Callback):
        micro-batch, which takes more time and memory than usual, so its step comes before the warm-up. A custom operator
        needs a formula (``torch.utils.flop_counter.register_flop_formula``), without one the result is null;
     3. the module's ``flops_per_token(seq_len)``, see :class:`CountsFlops`, times the tokens, with the width of
-       ``input_ids`` as ``seq_len``.
+       ``input_ids`` as ``seq_len``; of packed rows, with the mean of their ``document_lengths``, weighted by tokens.
 
     Args:
         flops: a function, ``"count"``, or ``None``: ask the module.
@@ -311,7 +311,9 @@ class ThroughputReport(Callback):
             ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
             if tokens is None or not isinstance(ids, Tensor):
                 return None
-            return _times(tokens, module.flops_per_token(ids.shape[-1]))
+            lengths = [length for row in batch.get("document_lengths") or [] for length in row]
+            seq_len = sum(n * n for n in lengths) // sum(lengths) if lengths else ids.shape[-1]
+            return _times(tokens, module.flops_per_token(seq_len))
 
         return flops
 

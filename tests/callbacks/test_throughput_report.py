@@ -85,7 +85,8 @@ def test_what_else_happens_between_batches_is_not_waiting_for_data(
     assert section["data_wait_share"] == 0.5 / 6.5
 
 
-def test_a_module_that_knows_its_flops(trainer: Make, clock: Clock) -> None:
+@pytest.mark.parametrize(("documents", "length"), [(None, 32), ([[8, 24], [16, 16]], 18)])  # (64 + 576 + 512) / 64
+def test_a_module_that_knows_its_flops(trainer: Make, clock: Clock, documents: Any, length: int) -> None:
     class Knowing(BoringModel):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             clock.now += 2.0
@@ -98,15 +99,18 @@ def test_a_module_that_knows_its_flops(trainer: Make, clock: Clock) -> None:
             return DataLoader(
                 [{"input_ids": torch.ones(32)}] * 6,
                 batch_size=2,
-                collate_fn=lambda rows: {"input_ids": torch.stack([r["input_ids"] for r in rows]), "num_tokens": 50},
+                collate_fn=lambda rows: (
+                    {"input_ids": torch.stack([r["input_ids"] for r in rows]), "num_tokens": 50}
+                    | ({} if documents is None else {"document_lengths": documents})
+                ),
             )
 
     report = ThroughputReport(matmul_flops_per_s=10_000.0)
     trainer(report, enable_checkpointing=False, max_steps=3, limit_val_batches=0).fit(Knowing())
     section: Any = report.report_section()
     # 50 of the 64 positions are tokens, in 2 s.
-    assert section["model_flops_per_s"] == 50 * (10 + 32) / 2
-    assert section["mfu"] == 0.105
+    assert section["model_flops_per_s"] == 50 * (10 + length) / 2
+    assert section["mfu"] == 50 * (10 + length) / 2 / 10_000
     assert section["mfu_note"].startswith("FLOPs by the module's flops_per_token")
 
 
