@@ -1,5 +1,6 @@
 """Flags made from a function signature, and that importing this package changes no other library."""
 
+import os
 import re
 import subprocess
 import sys
@@ -121,6 +122,18 @@ def test_the_status_is_the_recipes_and_a_users_mistake_is_one_message(capsys, mo
     monkeypatch.setenv("LIGHTNING_QLORA_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--steps must be at least 1"):
         run_recipe(recipe, ["--steps", "-1"])
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, own):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "backend:native")  # so that what there was comes back
+        if name != own:
+            monkeypatch.delenv(name)
+    run_recipe(recipe, ["--steps", "77"])
+    expected = {own: "backend:native"} if own else {names[0]: "expandable_segments:True"}
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected
 
 
 UNPATCHED = '''
