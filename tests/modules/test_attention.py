@@ -167,10 +167,10 @@ def load(directory: Path, attention: str, device: str = "cpu", **options: Any) -
     model = build_llama(checkpoint, default_lora(4), attention=attention, **options)
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     materialize(model, checkpoint, torch.device(device), seed=0)
-    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)  # the same on every device
     return model
 
 

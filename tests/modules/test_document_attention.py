@@ -229,5 +229,6 @@ def test_kernels_of_a_gpu_are_within_noise_of_float32(kernel, width, window, dty
     tolerance = 4 * torch.finfo(dtype).eps
     for found, expected in zip(results(attention, tensors), results(reference, truth, flat, window), strict=True):
         assert found.dtype == dtype
-        error = (found.float() - expected).norm() / expected.norm()
+        # A window of one token leaves queries and keys without a gradient but rounding.
+        error = (found.float() - expected).norm() / expected.norm().clamp(min=1e-2 * expected.numel() ** 0.5)
         assert error < tolerance, f"{error=}"

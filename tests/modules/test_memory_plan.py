@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -256,6 +257,7 @@ def test_a_gpu_allocates_what_is_planned(vocab_size, precision, checkpointing):
         config=config, lora=default_lora(64), batch_size=2, seq_len=1024, precision=precision,
         checkpoint_activations=checkpointing, compute_capability=torch.cuda.get_device_capability(),
     )  # fmt: skip
+    gc.collect()  # the model of the test before
     in_use = torch.cuda.memory_allocated()
     model = build(settings, "cuda")
     optimizer = ShardAdamW([p for p in model.parameters() if p.requires_grad])
