@@ -34,8 +34,14 @@ from lightning_qlora.callbacks import (
     StepCheckpoint,
     ThroughputReport,
 )
-from lightning_qlora.modules.attention import AttentionName
-from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, default_precision
+from lightning_qlora.modules.attention import AttentionName, choose_attention
+from lightning_qlora.modules.capabilities import (
+    capabilities,
+    check_devices,
+    check_precision,
+    compute_dtype,
+    default_precision,
+)
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.data import ChatDataModule
@@ -138,6 +144,13 @@ def main(
     )
     lora = default_lora(lora_r, lora_alpha, lora_dropout)
     device = capabilities()
+    choose_attention(  # refuses what it cannot do, before anything long
+        attention,
+        packed=packing,
+        sliding_window=sliding_window,
+        compute_capability=device.compute_capability,
+        dtype=compute_dtype(precision),
+    )
     directory = resolve_model(model)
     plan = plan_memory(
         Settings(

@@ -9,6 +9,10 @@ Packed, they fill rows of each sequence length. Samples are the demo data's, of 
 of 2048 holds 23. Speed counts their tokens, not the padding. Each run is a process of its own, named by the samples of
 a micro-batch if padded, else by attention and tokens of a row. Then one layer's attention by itself, forward and
 backward: causal over whole rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
+
+On 2 idle CPU cores, SmolLM2-135M-Instruct: 200 seconds, 1.9 GiB; of 11 padded rows 24 % is padding, of a packed one
+of 1024 tokens 0.3 %; packing trains 1.3 times as many tokens/s, and losses agree to 7e-7 (relative). On a GPU (not yet
+measured) Llama-3.2-1B's shape: 33 % of 188 padded rows is padding, 2 % of packed ones, which bounds the gain by 1.47.
 """
 
 from __future__ import annotations
@@ -152,13 +156,11 @@ def main(
         return 0
 
     print(f"{len(counts)} samples of {min(counts)} to {max(counts)} tokens, {mean(counts):.0f} on average")
-    for name, reason in refused.items():
-        print(f"{name} is not measured: {reason}")
+    print(*(f"{name} is not measured: {reason}" for name, reason in refused.items()), sep="\n")
     names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
     names += [f"{name} {length}" for length in lengths for name in usable]
     names += [f"{name} varied" for name in usable] if compile != "off" else []
-    reports = run_all(names, output_dir)
-    if reports is None:
+    if (reports := run_all(names, output_dir)) is None:
         return 1
     first = reports[names[0]]
     table = [row(name, report, first) for name, report in reports.items()]

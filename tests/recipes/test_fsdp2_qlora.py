@@ -147,6 +147,17 @@ def test_two_devices_train_as_one_and_as_stock_libraries(
     assert len(two["val_losses"]) > 0
 
 
+def test_packed_rows_train_on_two_devices_as_on_one(flags: Flags, tmp_path: Path) -> None:
+    flags = flags | {"packing": True, "sliding_window": 40, "max_steps": 6, "timeout_minutes": 2}
+    two, one = (train(flags | on(devices, tmp_path / f"{devices}")) for devices in (2, 1))
+    assert difference(two["losses"], one["losses"]) <= 1e-5
+    assert two["losses"][-1] < two["losses"][0]
+    data = two["sections"]["data"]
+    assert data["train_samples"] == 25
+    assert data["train_packs"] < 20
+    assert data["fill"] > 0.8
+
+
 @pytest.mark.slow
 def test_the_demo_model_trains_as_in_stock_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = resolve_model(DEMO_MODEL)
@@ -302,6 +313,9 @@ def test_completions_that_are_cut_away_are_refused(refused: Callable[..., None])
         ("seq_len", 1, "seq_len must be at least 2"),
         ("seed", -1, "seed must be at least 0"),
         ("devices", 0, "devices must be at least 1"),
+        ("sliding_window", 0, "sliding_window must be at least 1"),
+        ("timeout_minutes", 0, "--timeout_minutes must be at least 1"),
+        ("attention", "flash", "attention='flash' needs compute capability 8.0 and 16 bit, but this is the CPU"),
         ("devices", 10_000, "devices=10000"),
         ("init_adapter", "/no/such/adapter", "holds no LoRA adapter of peft: adapter_config.json is missing"),
     ],
