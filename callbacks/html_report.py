@@ -206,7 +206,7 @@ def _counts(at: Mapping[str, Any]) -> str:
 
 
 def _place(event: Mapping[str, Any]) -> Markup:
-    return Markup("{}<br>{} {}, {}<br><code class=muted>{}:{} in {}</code>").format(
+    return Markup("<div class=place>{}<br>{} {}, {}<br><code class=muted>{}:{} in {}</code></div>").format(
         _code(event["region"]),
         event["stage"],
         event["step"],
@@ -487,7 +487,7 @@ _VALUE = _ENVIRONMENT.from_string("""
 {% elif value is none %}
 <span class=muted>null</span>
 {% else %}
-{{ value }}
+{{ "%.4g" | format(value) if value is float else value }}
 {% endif %}
 {% endmacro %}
 {{ show(value) }}
@@ -588,6 +588,7 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .stroke{{ color }} { stroke: var(--c{{ color }}); } svg .fill{{ color }} { fill: var(--c{{ color }}); }
 {% endfor %}
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+.place { width: 21rem; max-width: 100%; } /* paths break anywhere, so their column would be as narrow as it can */
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); }

@@ -125,52 +125,32 @@ def main(
         prompt: What to ask before and after training; default a held-out question of the data.
         dry_run: Print the predicted memory of each device, and end with status 1 if it would not fit.
     """
-    positive(max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every)
-    positive(num_nodes=num_nodes, timeout_minutes=timeout_minutes)
+    positive(
+        max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, num_nodes=num_nodes,
+        timeout_minutes=timeout_minutes,
+    )  # fmt: skip
     check_devices(devices)
     precision = default_precision() if precision == "auto" else check_precision(precision)
     launched = build_strategy(
-        strategy,
-        devices=devices,
-        num_nodes=num_nodes,
-        precision=precision,
-        cpu_offload=offload,
-        reshard_after_forward=reshard_after_forward,
-        prefetch=prefetch,
-        shard_size=shard_size,
-        sharded_checkpoints=sharded_checkpoints,
-        async_save=async_save,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+        strategy, devices=devices, num_nodes=num_nodes, precision=precision, cpu_offload=offload,
+        reshard_after_forward=reshard_after_forward, prefetch=prefetch, shard_size=shard_size,
+        sharded_checkpoints=sharded_checkpoints, async_save=async_save, timeout=timedelta(minutes=timeout_minutes),
+    )  # fmt: skip
     lora = default_lora(lora_r, lora_alpha, lora_dropout)
     device = capabilities()
     choose_attention(  # refuses what it cannot do, before anything long
-        attention,
-        packed=packing,
-        sliding_window=sliding_window,
-        compute_capability=device.compute_capability,
+        attention, packed=packing, sliding_window=sliding_window, compute_capability=device.compute_capability,
         dtype=compute_dtype(precision),
-    )
+    )  # fmt: skip
     directory = resolve_model(model)
-    plan = plan_memory(
-        Settings(
-            config=load_config(directory),
-            lora=lora,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            world_size=devices * num_nodes,
-            strategy=strategy,
-            precision=precision,
-            offload=offload,
-            checkpoint_activations=checkpoint_activations,
-            compile=compile != "off",
-            accumulate=accumulate,
-            reshard_after_forward=reshard_after_forward,
-            prefetch=prefetch,
-            shard_size=shard_size,
-            compute_capability=device.compute_capability,
-        )
-    )
+    settings = Settings(
+        config=load_config(directory), lora=lora, batch_size=batch_size, seq_len=seq_len,
+        world_size=devices * num_nodes, strategy=strategy, precision=precision, offload=offload,
+        checkpoint_activations=checkpoint_activations, compile=compile != "off", accumulate=accumulate,
+        reshard_after_forward=reshard_after_forward, prefetch=prefetch, shard_size=shard_size,
+        compute_capability=device.compute_capability,
+    )  # fmt: skip
+    plan = plan_memory(settings)
     too_much = plan.check(device.memory_bytes) if device.device_type == "cuda" else None
     if rank_zero_only.rank == 0 and (dry_run or too_much):
         print(plan.table(), too_much or "", sep="\n", flush=True)
@@ -180,47 +160,24 @@ def main(
     checkpoint = run.start(resume) if rank_zero_only.rank == 0 else run.latest_checkpoint() if resume else None
 
     data = ChatDataModule(
-        AutoTokenizer.from_pretrained(directory),
-        dataset,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        seed=seed,
-        val_samples=32,
-        packing=packing,
-    )
+        AutoTokenizer.from_pretrained(directory), dataset, batch_size=batch_size, seq_len=seq_len, seed=seed,
+        val_samples=32, packing=packing,
+    )  # fmt: skip
     data.load()
     module = QLoRALlama(
-        directory,
-        lora,
-        learning_rate=lr,
-        warmup_steps=max_steps // 20,
-        checkpoint_activations=checkpoint_activations,
-        init_adapter=init_adapter,
-        model_name=base_name(model, directory),
-        seed=seed,
-        compile=compile,
-        attention=attention,
-        sliding_window=sliding_window,
-        packing=packing,
-    )
+        directory, lora, learning_rate=lr, warmup_steps=max_steps // 20, checkpoint_activations=checkpoint_activations,
+        init_adapter=init_adapter, model_name=base_name(model, directory), seed=seed, compile=compile,
+        attention=attention, sliding_window=sliding_window, packing=packing,
+    )  # fmt: skip
     module.check_checkpoint(checkpoint)
 
     examples = [(prompt, None)] if prompt else [data.example()] if data.example() else []
     stop = GracefulStop(run.checkpoints)
     trainer = L.Trainer(
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=launched,
-        max_steps=max_steps,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=1.0,
-        val_check_interval=max(1, max_steps * accumulate // 2),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        devices=devices, num_nodes=num_nodes, strategy=launched, max_steps=max_steps,
+        accumulate_grad_batches=accumulate, gradient_clip_val=1.0,
+        val_check_interval=max(1, max_steps * accumulate // 2), check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        inference_mode=False, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             CompareAnswers(examples),
             LossProgress(),
@@ -232,7 +189,7 @@ def main(
             StepCheckpoint(run.checkpoints, save_every, adapters=run.adapters),
             stop,
         ],
-    )
+    )  # fmt: skip
     trainer.fit(module, data, ckpt_path=checkpoint)
     return stop.exit_code
 
