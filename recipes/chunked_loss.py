@@ -7,11 +7,12 @@ On one GPU, or on the CPU. Three parts: the difference of every shipped loss, an
 in value and gradient; peak memory over the number of tokens, plain and chunked; and a full finetune of a Llama, with
 transformers' own loss and the chunked one, compared step by step.
 
-On 2 idle CPU cores: about 3 minutes and 4 GiB. Expect differences below 1e-6 in the first part; 1152 MiB plain and 150
-chunked for 2048 tokens of SmolLM2-135M's vocabulary; and losses from 3.2 to 3.7, equal to 3e-6, the rounding of plain
-torch's float32 cross-entropy. On an H200, by the second command: 1.5 minutes and 23 GiB, all of a Llama-3.2-1B being
-trained; 12024 MiB plain and 157 chunked for 8192 tokens; losses from 11.9 to 5.9, equal to 1e-4 in bfloat16. A smaller
-GPU takes ``--model smollm2-135m-instruct``. Writes ``report.json`` and ``memory.png``.
+On 2 idle CPU cores: 1 to 3 minutes and 4 GiB. Expect differences below 1e-6 in the first part; 1152 MiB plain and 150
+to 220 chunked (the C library keeps some) for 2048 tokens of SmolLM2-135M's vocabulary; and losses from 3.2 to 3.7,
+equal to 3e-6, the rounding of plain torch's float32 cross-entropy. On an H200, by the second command: 1.5 minutes and
+23 GiB, all of a Llama-3.2-1B being trained; 12024 MiB plain and 157 chunked for 8192 tokens; losses from 11.9 to 5.9,
+equal to 1e-4 in bfloat16. A smaller GPU takes ``--model smollm2-135m-instruct``. Writes ``report.json`` and
+``memory.png``.
 """
 
 from __future__ import annotations
