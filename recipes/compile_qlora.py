@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from benchmarks.shapes import checkpoint_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -77,14 +78,6 @@ def read_text(directory: Path) -> Tensor:
         return torch.randint(vocab_size, (100_000,), generator=torch.Generator().manual_seed(0))
     text = "\n".join(message["content"] for card in stdlib_api_cards()[:500] for message in card["messages"])
     return torch.tensor(AutoTokenizer.from_pretrained(directory)(text)["input_ids"])
-
-
-def random_llama_1b() -> Path:
-    """A checkpoint of Llama-3.2-1B's shape with random weights, kept among the temporary files."""
-    from benchmarks.shapes import SHAPES, write_random_checkpoint
-
-    directory = Path(tempfile.gettempdir()) / "lightning_qlora_benchmarks" / "llama-3.2-1b-4bit"
-    return directory if directory.is_dir() else write_random_checkpoint(directory, SHAPES["llama-3.2-1b"])
 
 
 def save_plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
@@ -158,7 +151,7 @@ def main(
         return compare(["off", "default", *(["max-autotune"] if max_autotune else [])], warm, output_dir)
 
     precision = default_precision() if precision == "auto" else check_precision(precision)
-    directory = random_llama_1b() if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
     mode: CompileMode = run.removesuffix(" warm")  # type: ignore[assignment]
     lora = default_lora(lora_r)
     module = QLoRALlama(directory, lora, checkpoint_activations=True, compile=mode, compile_backend=backend)

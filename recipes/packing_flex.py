@@ -29,7 +29,7 @@ import lightning.pytorch as L
 import torch
 from benchmarks.attention import AttentionName, attentions_here, measure_attention
 from benchmarks.packed_steps import draw_steps, packed_batches, padded_batches, read_samples, token_counts
-from compile_qlora import random_llama_1b
+from benchmarks.shapes import checkpoint_of
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
@@ -134,7 +134,7 @@ def main(
     positive(batch_size=batch_size, max_steps=max_steps)
     precision = default_precision() if precision == "auto" else check_precision(precision)
     usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
-    directory = random_llama_1b() if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
     samples = read_samples(directory)
     counts = token_counts(samples)
     if not max(counts) <= lengths[0] <= lengths[-1] <= tokens:

@@ -22,6 +22,9 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
+#: Where checkpoints of named shapes are kept.
+CHECKPOINTS = Path(tempfile.gettempdir()) / "lightning_qlora_benchmarks"
+
 
 @dataclass(frozen=True)
 class LlamaShape:
@@ -123,6 +126,21 @@ def write_random_checkpoint(directory: str | Path, shape: LlamaShape, *, quantiz
         (complete / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         complete.rename(directory)
     return directory
+
+
+def checkpoint_of(name: str, directory: Path = CHECKPOINTS, quantized: bool = True) -> Path:
+    """The checkpoint of a shape below ``directory``, written if it is not there.
+
+    Raises:
+        ValueError: If there is one of other sizes.
+    """
+    path, shape = directory / f"{name}-{'4bit' if quantized else 'bf16'}", SHAPES[name]
+    if not path.exists():
+        return write_random_checkpoint(path, shape, quantized=quantized)
+    config = LlamaConfig.from_pretrained(path)
+    if any(getattr(config, size) != value for size, value in vars(shape).items()):
+        raise ValueError(f"{path} holds a model of other sizes than {shape}. Remove it.")
+    return path
 
 
 def _dense_weight(name: str, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:

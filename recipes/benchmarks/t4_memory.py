@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 from record import RESULTS, ROOT, save_record
-from shapes import SHAPES
-from train_step import CHECKPOINTS, checkpoint_of
+from shapes import SHAPES, checkpoint_of
 
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.llama import default_lora
@@ -104,7 +103,7 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
     configurations, precision = (ON_GPUS, "16-mixed") if gpus else (ON_CPU, "32-true")
     capability = torch.cuda.get_device_capability() if gpus else None
     for shape in dict.fromkeys(configuration.shape for configuration in configurations):
-        checkpoint_of(shape, CHECKPOINTS, quantized=True)
+        checkpoint_of(shape)
     with ThreadPoolExecutor(at_once) as pool:
         runs = list(pool.map(lambda configuration: measure(configuration, precision, gpus > 0), configurations))
     rows = []

@@ -23,7 +23,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +37,12 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from peft import get_peft_model
 from record import RESULTS, save_record
-from shapes import SHAPES, LlamaShape, write_random_checkpoint
+from shapes import CHECKPOINTS, SHAPES, LlamaShape, checkpoint_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from lightning_qlora.modules.capabilities import check_devices, check_precision, compute_dtype, default_precision
 from lightning_qlora.modules.cli import positive, run_recipe
@@ -55,7 +54,6 @@ from lightning_qlora.modules.strategies import StrategyName, build_strategy
 
 GIB = 2**30
 LEARNING_RATE = 1e-4
-CHECKPOINTS = Path(tempfile.gettempdir()) / "lightning_qlora_benchmarks"
 COLUMNS = [
     "what", "shape", "precision", "devices", "batch x tokens a device", "r", "tokens/s", "step p50, ms",
     "peak GPU, GiB", "peak GPU while loading, GiB", "load, s", "host peak while loading, GiB",
@@ -164,21 +162,6 @@ def main(
                 f"{batch_size} x {seq_len}", lora_r]  # fmt: skip
     record_run(settings, figures, results, commit, meter.profile_table() if profile else None)
     return 0
-
-
-def checkpoint_of(name: str, directory: Path, quantized: bool) -> Path:
-    """The checkpoint of a shape below ``directory``, written if it is not there.
-
-    Raises:
-        ValueError: If there is one of other sizes.
-    """
-    path, shape = directory / f"{name}-{'4bit' if quantized else 'bf16'}", SHAPES[name]
-    if not path.exists():
-        return write_random_checkpoint(path, shape, quantized=quantized)
-    config = LlamaConfig.from_pretrained(path)
-    if any(getattr(config, size) != value for size, value in vars(shape).items()):
-        raise ValueError(f"{path} holds a model of other sizes than {shape}. Remove it.")
-    return path
 
 
 def random_batches(shape: LlamaShape, batch_size: int, seq_len: int, count: int, rank: int) -> list[dict[str, Any]]:
