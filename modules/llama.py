@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
@@ -83,11 +84,13 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
 
 
 class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
-    """peft's LoRA layer, which computes the same with less traffic.
+    """peft's LoRA layer, which computes the same with less traffic and memory.
 
     peft converts the input to the adapter's float32, for autocast to convert it back, a sixth of an uncompiled step of
-    an 8B model; here autocast alone decides. And peft scales the adapter's output [B, S, out], which keeps another
-    tensor of that size in forward and in backward; here the r numbers of a token are scaled.
+    an 8B model; here the base's result says in what to compute. A and B are converted here, for autocast would keep
+    its copies of all layers until the forward is over, 0.3 GiB for 8B and r 64. And peft scales the adapter's output
+    [B, S, out], which keeps another tensor of that size in forward and in backward; here the r numbers of a token are
+    scaled.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,8 +100,9 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
         y: Tensor = self.base_layer(x)
         for name in self.active_adapters:
             if name in self.lora_A:
-                low = self.lora_A[name](self.lora_dropout[name](x))
-                y = y + self.lora_B[name](low * self.scaling[name])
+                a, b = (matrix[name].weight.to(y.dtype) for matrix in (self.lora_A, self.lora_B))
+                low = F.linear(self.lora_dropout[name](x.to(y.dtype)), a)
+                y = y + F.linear(low * self.scaling[name], b)
         return y
 
 

@@ -18,9 +18,9 @@ LoRA, each projection  c R                      A x
 LoRA, together         c (2 H + I)              x: the norms' results and the MLP's product; the attention's is there
 =====================  =======================  =====================================================================
 
-Mixed precision also keeps the compute-dtype copies of A and B that autocast makes, with checkpointing until the forward
-is done. While it runs, a layer needs more: see ``_working_bytes``. Of a compiled layer that is not checkpointed the
-compiler decides what to keep; the figures are an upper bound then.
+Mixed precision also keeps the compute-dtype copies of A and B. While it runs, a layer needs more: see
+``_working_bytes``. Of a compiled layer that is not checkpointed the compiler decides what to keep; the figures are an
+upper bound then.
 
 Shapes: B samples a device, S tokens a sample, T = B S, H hidden size, I intermediate size, Q and K widths of queries
 and of keys, R LoRA rank, V vocabulary. A *rank* is a process with its device.
@@ -395,13 +395,11 @@ def plan_memory(settings: Settings) -> MemoryPlan:
     freed, made = per_layer * (len(layers) - 1), max(0, gradients - early_gradients)
     last_activations, late_gradients = (activations - freed, made) if made > freed else (activations, 0)
 
-    copies = sum(_cast_adapter_bytes(s, layer) for layer in layers)
     moments = {
         "loss": {
             **resident,
             "gradients": early_gradients,  # QLoRALlama frees those of the last step
             "activations": activations,
-            "autocast's adapters": copies if s.checkpoint_activations and not s.compile else 0,
             "loss": _loss_bytes(s),
         },
         "backward": {

@@ -327,6 +327,7 @@ def test_every_rank_reports(ranks: RankPools, world_size: int, device: str) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA GPU")
 def test_phases_on_a_gpu(trainer: Make, tmp_path: Path) -> None:
     mib = 2**20
+    torch.nn.Linear(32, 2, device="cuda")(torch.randn(1, 32, device="cuda")).sum().backward()  # workspaces of cuBLAS
 
     class Hungry(BoringModel):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -188,6 +188,18 @@ def planned(plan: MemoryPlan) -> tuple[int, int, int]:
     return loss["activations"] + norm_and_hidden, backward, max(forward, backward)
 
 
+def test_autocast_keeps_no_copies_of_recomputed_layers():
+    settings = settings_of("tied", precision="bf16-mixed", checkpoint_activations=True)
+    model = build(settings, "cpu")
+    ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(model, settings, ids)
+            inside = live.now
+        assert inside == live.now > 0
+    assert loss.requires_grad
+
+
 SHAPES = {
     "grouped heads": {"hidden_size": 256, "intermediate_size": 896, "num_key_value_heads": 2},
     "equal heads": {"hidden_size": 192, "intermediate_size": 512, "num_key_value_heads": 8},
@@ -258,6 +270,7 @@ def test_a_gpu_allocates_what_is_planned(vocab_size, precision, checkpointing):
         checkpoint_activations=checkpointing, compute_capability=torch.cuda.get_device_capability(),
     )  # fmt: skip
     gc.collect()  # the model of the test before
+    torch._C._cuda_clearCublasWorkspaces()  # of an earlier test, and part of the plan
     in_use = torch.cuda.memory_allocated()
     model = build(settings, "cuda")
     optimizer = ShardAdamW([p for p in model.parameters() if p.requires_grad])
@@ -310,14 +323,10 @@ def test_offload_leaves_layers_and_adapters_to_the_host():
     assert "In host memory of each process: 3.9" in plan.table()
 
 
-def test_autocast_copies_adapters_unless_compiled():
+def test_a_compiled_layer_needs_more_while_it_runs():
     eager, compiled = plan_8b(checkpoint_activations=True), plan_8b(checkpoint_activations=True, compile=True)
-    copies = "autocast's adapters"
-    assert eager.moments["loss"][copies] == eager.moments["step"]["adapters"]  # half as wide, but not sharded
-    assert copies not in eager.moments["backward"]
-    assert copies not in compiled.moments["loss"]
-    assert copies not in plan_8b(checkpoint_activations=True, precision="32-true").moments["loss"]
     assert compiled.moments["backward"]["working memory"] > eager.moments["backward"]["working memory"]
+    assert compiled.moments["loss"] == eager.moments["loss"]
 
 
 def test_gradients_stay_unsharded_while_they_accumulate():
