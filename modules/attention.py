@@ -122,7 +122,7 @@ def choose_attention(
         return "flash", f"The fastest for {masked} on {here}."
     if name == "auto":
         lacks = "" if not masked else f"There is no flash attention on {here}{'' if sixteen else ' in float32'}. "
-        how = f"{masked.capitalize()}: one document at a time." if masked else "No mask is needed."
+        how = f"{masked.capitalize()}: documents of about one length at a time." if masked else "No mask is needed."
         return sdpa, f"{lacks}{how}{repeats}"
     if name == "flash" and not (new_enough and sixteen):
         raise ValueError(

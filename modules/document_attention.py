@@ -6,12 +6,17 @@ batch are laid end to end: documents do not cross rows, so that where each begin
 =========== =========================================================================================================
 flash       torch's FlashAttention 2 for sequences of unequal length: one kernel, all documents.
 xformers    Its memory-efficient attention, block-diagonal: one kernel, all documents, also below capability 8.0.
-sdpa        ``scaled_dot_product_attention``, one call for each run of documents of equal length.
+sdpa        ``scaled_dot_product_attention``, one call for all documents of about one length, padded to the longest.
 =========== =========================================================================================================
 
-Memory: none of them holds scores or a mask of S x S. A window on ``sdpa`` takes queries in chunks of C, each with the
-C + W - 1 keys that it may see: a mask of C (C + W - 1) values, and copies (C + W) / C times the size of keys and values
-(the gradients of these, in backward), where C is W, but at least 256 and at most 1024.
+``sdpa`` puts documents together whose lengths agree when rounded up to a quarter of the next power of two, at most to
+128: no more than 2 log2(S) calls for documents of up to S = 512 tokens, S / 128 more above. The padding, less than half
+of what was there, comes last in a document, where no token sees it: no mask is needed.
+
+Memory: none of them holds scores or a mask of S x S. To pad, ``sdpa`` copies queries, keys, values and results. For a
+window it takes queries in chunks of C, each with the C + W - 1 keys that it may see: a mask of C (C + W - 1) values,
+and copies (C + W) / C times the size of keys and values (the gradients of these, in backward), where C is W, but at
+least 256 and at most 1024.
 
 Shapes: T tokens of all rows (B x S), N heads of queries, K of keys and values (K divides N), D head dimension.
 """
@@ -21,12 +26,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from lightning_qlora.modules.autograd_in_operators import with_autograd
@@ -41,7 +48,8 @@ class Documents(NamedTuple):
     Attributes:
         kernel: What computes.
         boundaries: [documents + 1], int32: where documents begin among all T tokens, and T. On the device for
-            ``flash``; else on the host, which loops over them.
+            ``flash``; else on the host, which counts.
+        places: [T], int64, on the device: where ``sdpa`` puts each token to pad documents; for other kernels [0].
         longest: [length of the longest document, 0]: no data, but torch.compile keeps a size variable, where it would
             compile again for another number.
         window: W, or ``None``.
@@ -49,6 +57,7 @@ class Documents(NamedTuple):
 
     kernel: DocumentKernel
     boundaries: Tensor
+    places: Tensor
     longest: Tensor
     window: int | None
 
@@ -61,7 +70,10 @@ class Documents(NamedTuple):
         boundaries = torch.tensor([0, *itertools.accumulate(flat)], dtype=torch.int32, device="cpu")
         if kernel == "flash":
             boundaries = boundaries.to(device, non_blocking=True)
-        return cls(kernel, boundaries, torch.empty(max(flat), 0, dtype=torch.int32, device="cpu"), window)
+        padded = kernel in ("sdpa", "sdpa_repeated_kv")
+        places = torch.tensor(_layout(tuple(flat)).places if padded else [], dtype=torch.int64, device="cpu")
+        longest = torch.empty(max(flat), 0, dtype=torch.int32, device="cpu")
+        return cls(kernel, boundaries, places.to(device, non_blocking=True), longest, window)
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, scale: float) -> Tensor:
@@ -77,14 +89,14 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: 
     Returns:
         [T, N, D].
     """
-    kernel, boundaries, longest, window = documents
+    kernel, boundaries, places, longest, window = documents
     if kernel == "flash":
         return _flash(query, key, value, boundaries, longest.shape[0], window, scale)
     if torch.compiler.is_compiling():  # how often the loop runs depends on data
         return torch.ops.lightning_qlora.document_attention(  # type: ignore[no-any-return]
-            query, key, value, boundaries, window, scale, kernel
+            query, key, value, boundaries, places, window, scale, kernel
         )
-    return _LOOPS[kernel](query, key, value, _lengths(boundaries), window, scale)
+    return _LOOPS[kernel](query, key, value, _lengths(boundaries), places, window, scale)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -105,12 +117,12 @@ def _flash(
 
 
 def _xformers(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], _: Tensor, window: int | None, scale: float
 ) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     key, value = (_repeat(each, query) for each in (key, value))  # its grouped form has no backward
-    bias = _xformers_bias(tuple(lengths), window, query.device)
+    bias = _xformers_bias(lengths, window, query.device)
     output: Tensor = memory_efficient_attention(query[None], key[None], value[None], attn_bias=bias, scale=scale)
     return output[0]
 
@@ -124,18 +136,77 @@ def _xformers_bias(lengths: tuple[int, ...], window: int | None, device: torch.d
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None, scale: float, *, repeat: bool
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], places: Tensor, window: int | None,
+    scale: float, *, repeat: bool,
+) -> Tensor:  # fmt: skip
     # With a mask, which a window needs, no kernel on a GPU groups queries but the one that holds all scores.
     if repeat or (window is not None and query.is_cuda):
         key, value = (_repeat(each, query) for each in (key, value))
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
-    sizes = [length * count for length, count in runs]
+    layout = _layout(lengths)
+    sizes = [length * count for length, count in layout.batches]
+    padded = [layout.pad(each, places) for each in (query, key, value)]
     outputs = []
-    for (length, _), *tensors in zip(runs, *(torch.split(each, sizes) for each in (query, key, value)), strict=True):
+    for (length, _), *tensors in zip(layout.batches, *(torch.split(each, sizes) for each in padded), strict=True):
         q, k, v = (each.view(-1, length, *each.shape[1:]).transpose(1, 2) for each in tensors)
         outputs.append(_causal(q, k, v, window, scale).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    output = torch.cat(outputs)
+    return output if layout.is_identity else _Unpad.apply(output, places)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Layout(NamedTuple):
+    """How documents of unequal length are put together.
+
+    Attributes:
+        batches: (tokens of a document, documents), one after another.
+        places: Where each token goes, of the sum of all these tokens.
+    """
+
+    batches: list[tuple[int, int]]
+    places: list[int]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether everything stays where it is."""
+        return len(self.batches) == 1 and len(self.places) == math.prod(self.batches[0])
+
+    def pad(self, tensor: Tensor, places: Tensor) -> Tensor:
+        """[T, ...] to what it is laid out as, with zeros for padding; ``places`` as a tensor on its device."""
+        if self.is_identity:
+            return tensor
+        size = sum(length * count for length, count in self.batches)
+        return tensor.new_zeros(size, *tensor.shape[1:]).index_copy_(0, places, tensor)
+
+
+@functools.lru_cache(maxsize=4)  # one for all layers of a batch
+def _layout(lengths: tuple[int, ...]) -> _Layout:
+    alike: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        step = min(128, max(1, 2 ** (length - 1).bit_length() // 4))
+        alike.setdefault(-(-length // step) * step, []).append(number)
+    begins, end, batches = [0] * len(lengths), 0, []
+    for numbers in alike.values():
+        longest = max(lengths[number] for number in numbers)
+        for number in numbers:
+            begins[number], end = end, end + longest
+        batches.append((longest, len(numbers)))
+    places = [begin + i for begin, length in zip(begins, lengths, strict=True) for i in range(length)]
+    return _Layout(batches, places)
+
+
+class _Unpad(torch.autograd.Function):
+    """Rows ``places`` of a tensor. torch's own indexing adds gradients up, atomically, which is slower."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = len(padded)
+        return padded.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places, gradient), None
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
@@ -172,27 +243,27 @@ _LOOPS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _lengths(boundaries: Tensor) -> list[int]:
-    return boundaries.diff().tolist()  # type: ignore[no-any-return]
+def _lengths(boundaries: Tensor) -> tuple[int, ...]:
+    return tuple(boundaries.diff().tolist())
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
 
 torch.library.define(
     "lightning_qlora::document_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor boundaries, int? window, float scale, str kernel) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor boundaries, Tensor places, int? window, float scale, str kernel) "
+    "-> Tensor",
 )
 torch.library.define(
     "lightning_qlora::document_attention_backward",
-    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor boundaries, int? window, float scale, "
-    "str kernel) -> (Tensor, Tensor, Tensor)",
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor boundaries, Tensor places, int? window, "
+    "float scale, str kernel) -> (Tensor, Tensor, Tensor)",
 )
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, window: int | None, scale: float, kernel: str
-) -> Tensor:
-    return _LOOPS[kernel](query, key, value, _lengths(boundaries), window, scale)
+def _forward(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *settings: Any) -> Tensor:
+    *others, kernel = settings
+    return _LOOPS[kernel](query, key, value, _lengths(boundaries), *others)
 
 
 def _forward_fake(query: Tensor, *_: Any) -> Tensor:
@@ -218,13 +289,13 @@ def _backward_fake(gradient: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.lightning_qlora.document_attention_backward(gradient, *ctx.saved_tensors, *ctx.settings)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 torch.library.impl("lightning_qlora::document_attention", "default", _forward)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_qlora.modules.attention import Blocks, _attention
 from lightning_qlora.modules.autograd_in_operators import with_autograd
-from lightning_qlora.modules.document_attention import DocumentKernel, Documents, document_attention
+from lightning_qlora.modules.document_attention import DocumentKernel, Documents, _layout, document_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,8 +51,10 @@ def results(attention: Callable[..., Tensor], tensors: list[Tensor], *args: Any,
 
 def operator(query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, scale: float) -> Tensor:
     """What is in a compiled graph."""
-    kernel, boundaries, _, window = documents
-    output: Tensor = torch.ops.lightning_qlora.document_attention(query, key, value, boundaries, window, scale, kernel)
+    kernel, boundaries, places, _, window = documents
+    output: Tensor = torch.ops.lightning_qlora.document_attention(
+        query, key, value, boundaries, places, window, scale, kernel
+    )
     return output
 
 
@@ -86,6 +88,48 @@ def test_wrong_lengths_are_not_within_the_tolerance():
         assert (found - reference(*tensors, [5, 4], None)).abs().max() > 1e-2
 
 
+# --- how documents are put together
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=300))
+def test_documents_of_about_one_length_go_together(lengths):
+    layout = _layout(tuple(lengths))
+    total, longest = sum(length * count for length, count in layout.batches), max(lengths)
+    assert sum(count for _, count in layout.batches) == len(lengths)
+    assert total < 1.5 * sum(lengths) or len(lengths) == 1
+    assert len(layout.batches) <= 2 * 9 + max(0, longest - 512) / 128 + 1
+    assert len(set(layout.places)) == sum(lengths)
+    assert max(layout.places) < total
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    begins = torch.tensor(layout.places)[first]
+    steps = torch.tensor(layout.places) - torch.repeat_interleave(begins, torch.tensor(lengths))
+    assert steps.tolist() == [i for length in lengths for i in range(length)]
+
+
+def test_many_documents_take_few_calls(monkeypatch):
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(tuple(query.shape))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    lengths = [62 + 7 * i % 95 for i in range(40)]
+    document_attention(*qkv(sum(lengths)), documents=Documents.of("sdpa", [lengths], None, CPU), scale=SCALE)
+    assert len(calls) <= 4
+    assert sum(rows for rows, *_ in calls) == 40
+
+
+def test_documents_of_one_length_are_not_copied():
+    layout = _layout((5, 5, 5))
+    tensor = torch.zeros(15, 1)
+    assert layout.pad(tensor, torch.tensor(layout.places)) is tensor
+    assert not _layout((5, 5, 4)).is_identity
+    assert not _layout((5, 12, 5)).is_identity
+
+
 # --- operators
 
 
@@ -93,7 +137,7 @@ def test_wrong_lengths_are_not_within_the_tolerance():
 def test_operators_are_what_they_say(window):
     documents = Documents.of("sdpa", [[5, 1], [6]], window, CPU)
     tensors = qkv(12, dtype=torch.float32)
-    settings = (documents.boundaries, window, SCALE, "sdpa")
+    settings = (documents.boundaries, documents.places, window, SCALE, "sdpa")
     torch.library.opcheck(torch.ops.lightning_qlora.document_attention.default, (*tensors, *settings))
     tensors = [each.detach() for each in tensors]
     gradient = torch.randn_like(tensors[0])
@@ -123,7 +167,7 @@ def test_one_graph_takes_any_documents():
     for lengths in ([5, 1, 3], [2, 2], [40, 7], [1] * 8, [30], [3, 300], [6, 5, 4, 3, 2, 1], [100, 100]):
         tensors = qkv(sum(lengths))
         documents = Documents.of("sdpa", [lengths], None, CPU)
-        for tensor in (*tensors, documents.boundaries, documents.longest):
+        for tensor in (*tensors, documents.boundaries, documents.places, documents.longest):
             torch._dynamo.mark_dynamic(tensor, 0)
         found = results(compiled, tensors, documents=documents, scale=SCALE)
         torch.testing.assert_close(found, results(reference, tensors, lengths, None), rtol=1e-10, atol=1e-10)
