@@ -1,6 +1,7 @@
 """Run the main recipe in every precision on one and on two devices, and record losses and memory.
 
     python recipes/benchmarks/fsdp2_qlora.py
+    python recipes/benchmarks/fsdp2_qlora.py --at_once 6 --seq_len 512    # other flags are the recipe's
 
 Needs two GPUs, or runs on CPU processes. Every run sees the same global batches, so the losses can be compared step by
 step: against the same precision on one device, and against float32. Results go to ``results/fsdp2_qlora.json``.
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ def run(devices: int, precision: str, steps: int, batch: int, directory: Path, e
     command = [sys.executable, str(ROOT / "recipes" / "fsdp2_qlora.py"), "--output_dir", str(output)]
     command += ["--devices", str(devices), "--precision", precision, "--max_steps", str(steps)]
     command += ["--batch_size", str(batch // devices), "--save_every", str(steps), *extra]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     return report
 
@@ -46,19 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8, help="samples of one step over all devices")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=None)
     arguments, extra = parser.parse_known_args()
     gpus = torch.cuda.device_count()
     precisions = ["32-true", "16-mixed", "bf16-mixed"] if gpus else ["32-true"]
-    reports = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for precision in precisions:
-            for devices in (1, 2):
-                if not gpus or devices <= gpus:
-                    reports[devices, precision] = run(
-                        devices, precision, arguments.steps, arguments.batch, Path(directory), extra
-                    )
+    runs = [(devices, precision) for precision in precisions for devices in (1, 2) if not gpus or devices <= gpus]
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.at_once) as pool:
+        futures = [pool.submit(run, *each, arguments.steps, arguments.batch, Path(directory), extra) for each in runs]
+        reports = {each: future.result() for each, future in zip(runs, futures, strict=True)}
 
     def difference(losses: list[float], precision: str) -> float:
         return max(abs(a - b) for a, b in zip(losses, reports[1, precision]["losses"], strict=True))
