@@ -327,15 +327,14 @@ def test_every_rank_reports(ranks: RankPools, world_size: int, device: str) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA GPU")
 def test_phases_on_a_gpu(trainer: Make, tmp_path: Path) -> None:
     mib = 2**20
-    torch.nn.Linear(32, 2, device="cuda")(torch.randn(1, 32, device="cuda")).sum().backward()  # workspaces of cuBLAS
 
     class Hungry(BoringModel):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            torch.empty(64 * mib, dtype=torch.uint8, device=self.device)
+            torch.empty(256 * mib, dtype=torch.uint8, device=self.device)
             return super().training_step(batch, batch_idx)
 
         def on_after_backward(self) -> None:
-            torch.empty(128 * mib, dtype=torch.uint8, device=self.device)
+            torch.empty(512 * mib, dtype=torch.uint8, device=self.device)
 
     path, report = tmp_path / "report.json", MemoryReport()
     run = RunReport(path, loss_key="loss")
@@ -350,15 +349,10 @@ def test_phases_on_a_gpu(trainer: Make, tmp_path: Path) -> None:
     fit.fit(Logging())
     rank: Any = load_report(path)["sections"]["memory"]["ranks"][0]
     phases = rank["phases"]
-    rest = 2 * mib
-    assert (
-        64 * mib <= phases["forward"]["allocated_peak_bytes"] - phases["load"]["allocated_end_bytes"] < 64 * mib + rest
-    )
-    assert (
-        128 * mib
-        <= phases["optimizer"]["allocated_peak_bytes"]
-        < 128 * mib + phases["load"]["allocated_peak_bytes"] + rest
-    )
+    rest = 80 * mib  # a workspace of cuBLAS for the thread of the forward and one for autograd's, 32 MiB each on Hopper
+    before = phases["load"]["allocated_end_bytes"]
+    assert 256 * mib <= phases["forward"]["allocated_peak_bytes"] - before < 256 * mib + rest
+    assert 512 * mib <= phases["optimizer"]["allocated_peak_bytes"] - before < 512 * mib + rest
     assert phases["backward"]["allocated_peak_bytes"] < phases["forward"]["allocated_peak_bytes"]
     assert rank["allocated_peak_bytes"] == phases["optimizer"]["allocated_peak_bytes"]
     assert load_report(path)["peak_memory_gib"][0] * GIB >= rank["allocated_peak_bytes"]
