@@ -136,6 +136,11 @@ def choose_attention(
             "attention='xformers' needs the package xformers: pip install 'lightning-qlora[xformers]'. Or use "
             "attention='sdpa', or 'auto'."
         )
+    if name == "xformers" and torch.cuda.is_available() and (fault := _fault_of_xformers(dtype)):
+        raise ValueError(
+            f"attention='xformers' cannot be had: the installed xformers says {fault!r}. Its wheels are built for one "
+            "version of torch each (python -m xformers.info). Use attention='sdpa', or 'auto'."
+        )
     if name == "flex" and cpu:
         raise ValueError(
             "attention='flex' needs a GPU, for torch's flex attention has no backward on the CPU. Use "
@@ -146,6 +151,19 @@ def choose_attention(
     if name == "sdpa":
         return sdpa, f"As asked for.{repeats}"
     return name, "As asked for."
+
+
+@functools.cache
+def _fault_of_xformers(dtype: torch.dtype) -> str | None:
+    """Why the installed package cannot compute on this GPU; ``None`` if it can."""
+    from xformers.ops import memory_efficient_attention
+
+    tensor = torch.zeros(1, 8, 1, 64, dtype=dtype, device="cuda")
+    try:
+        memory_efficient_attention(tensor, tensor, tensor)
+    except NotImplementedError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- a batch's inputs

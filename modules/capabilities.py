@@ -53,13 +53,15 @@ def default_precision() -> Precision:
 
 
 def check_precision(precision: str) -> Precision:
-    """Return ``precision`` if every visible device can compute in it.
+    """Return ``precision`` if every visible device can compute in it; for ``"auto"`` :func:`default_precision`.
 
     Raises:
         ValueError: For an unknown precision, or bf16 on a GPU without bf16 arithmetic (compute capability < 8.0).
     """
+    if precision == "auto":
+        return default_precision()
     if precision not in get_args(Precision):
-        raise ValueError(f"Unknown precision {precision!r}. Choose one of {', '.join(get_args(Precision))}.")
+        raise ValueError(f"Unknown precision {precision!r}. Choose auto or one of {', '.join(get_args(Precision))}.")
     if precision.startswith("bf16"):
         for index in range(torch.cuda.device_count()):
             device = capabilities(index)
@@ -77,14 +79,25 @@ def compute_dtype(precision: str) -> torch.dtype:
     return {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision.split("-")[0]]
 
 
-def check_devices(devices: int) -> int:
-    """Return ``devices`` if that many processes can each have a device of their own.
+#: Of these, what starts the processes of several machines sets one: torchrun, Lightning itself, SLURM, LSF, MPI.
+_LAUNCHERS = ("GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "LSB_JOBID", "OMPI_COMM_WORLD_RANK")
+
+
+def check_devices(devices: int, num_nodes: int = 1) -> int:
+    """Return ``devices`` if that many processes can each have a device of their own, on each of ``num_nodes`` machines.
 
     On CPU any positive number of processes may share the machine; with CUDA each needs a GPU.
 
     Raises:
-        ValueError: For fewer than one device, or more than there are GPUs.
+        ValueError: For fewer than one device, more than there are GPUs, or several machines without a launcher, where
+            each would wait for the others for ever.
     """
+    if num_nodes > 1 and not any(name in os.environ for name in _LAUNCHERS):
+        raise ValueError(
+            f"num_nodes={num_nodes} but nothing says which of these machines this is. Start the same command on each "
+            f"with torchrun --nnodes={num_nodes} --nproc_per_node={devices} --rdzv_backend=c10d "
+            "--rdzv_endpoint=<first machine>:29500, or set NODE_RANK, MASTER_ADDR and MASTER_PORT."
+        )
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}.")
     if torch.cuda.is_available() and devices > torch.cuda.device_count():

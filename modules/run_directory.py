@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,16 @@ class RunDirectory:
         return max(found, key=lambda item: (item[0], item[1].stat().st_mtime))[1] if found else None
 
     def holds_run(self) -> bool:
-        """Whether something of a run is in here."""
-        return self.report.exists() or self.adapter.exists() or any(self.checkpoints.glob("*"))
+        """Whether something of a run is in here. The report of one that failed before its first step is nothing."""
+        report = self.report.exists() and not self._failed_at_once()
+        return report or self.adapter.exists() or any(self.checkpoints.glob("*"))
+
+    def _failed_at_once(self) -> bool:
+        try:
+            report = json.loads(self.report.read_text())
+            return (report["status"], report["global_step"]) == ("failed", 0)
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
     def start(self, resume: bool) -> Path | None:
         """Decide where a run begins; returns the checkpoint to resume from, ``None`` to begin at step 0.
@@ -64,6 +73,6 @@ class RunDirectory:
                     f"output_dir {self.root} already holds a run. Continue it with --resume, or name another directory."
                 )
             return None
-        if not self.holds_run():
+        if not (self.holds_run() or self.report.exists()):
             raise ValueError(f"There is no run to resume in output_dir {self.root}.")
         return self.latest_checkpoint()

@@ -86,8 +86,14 @@ def build_strategy(
         ValueError: If the strategy does not exist or has no such option, an option makes no sense, or ``"single"`` is
             to use several devices.
     """
+    ranks = devices * num_nodes
     saving: dict[str, Any] = {"sharded_checkpoints": sharded_checkpoints, "async_save": async_save}
     if name == "fsdp2":
+        if ranks > 1 and shard_size and ranks % shard_size:  # the strategy sees it too, but after the data is loaded
+            raise ValueError(
+                f"shard_size={shard_size} does not divide the {ranks} ranks ({num_nodes} nodes of {devices}). Choose a "
+                "divisor, usually the devices of a node."
+            )
         return FSDP2Strategy(
             precision=precision, cpu_offload=cpu_offload, reshard_after_forward=reshard_after_forward,
             prefetch=prefetch, shard_size=shard_size, timeout=timeout, **saving,
@@ -106,9 +112,9 @@ def build_strategy(
     plugin = None if precision is None else precision_plugin(precision)
     if name == "ddp":
         return ReplicatedStrategy(precision_plugin=plugin, timeout=timeout, **saving)
-    if devices * num_nodes > 1:
+    if ranks > 1:
         raise ValueError(
-            f"strategy 'single' uses one device, not {devices * num_nodes}. Set devices=1, or take 'ddp' where the "
+            f"strategy 'single' uses one device, not {ranks}. Set devices=1, or take 'ddp' where the "
             "model fits on each device and 'fsdp2' where it does not."
         )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -33,7 +33,7 @@ from benchmarks.shapes import checkpoint_of
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
-from lightning_qlora.modules.capabilities import check_precision, compute_dtype, default_precision
+from lightning_qlora.modules.capabilities import check_precision, compute_dtype
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
@@ -132,7 +132,7 @@ def main(
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
     max_steps = (16 if on_gpu else 4) if max_steps is None else max_steps
     positive(batch_size=batch_size, max_steps=max_steps)
-    precision = default_precision() if precision == "auto" else check_precision(precision)
+    precision = check_precision(precision)
     usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
     directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
     samples = read_samples(directory)

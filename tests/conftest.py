@@ -18,6 +18,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lightning_qlora.modules.attention import choose_attention
+from lightning_qlora.modules.capabilities import capabilities
+
 transformers.utils.logging.disable_progress_bar()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -216,3 +219,24 @@ def one_process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def needs_attention() -> Callable[[str, torch.dtype], None]:
+    """Skips a test where this GPU has no such attention, with the words in which a user is refused it."""
+
+    def check(backend: str, dtype: torch.dtype) -> None:
+        name = "sdpa" if backend == "sdpa_repeated_kv" else backend
+        here = capabilities()
+        if dtype == torch.bfloat16 and not here.bf16:
+            pytest.skip(f"{here.name} has no bf16 arithmetic")
+        try:
+            chosen, reason = choose_attention(
+                name, packed=True, sliding_window=None, compute_capability=here.compute_capability, dtype=dtype
+            )
+        except ValueError as error:
+            pytest.skip(str(error))
+        if name != "sdpa" and chosen != name:
+            pytest.skip(reason)
+
+    return check

@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_qlora.modules.capabilities import check_devices, check_precision, compute_dtype, default_precision
+from lightning_qlora.modules.capabilities import check_devices, check_precision, compute_dtype
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.llama import default_lora
@@ -111,7 +111,7 @@ def main(
     positive(batch_size=batch_size, devices=devices, steps=steps, warmup=warmup, lora_r=lora_r)
     check_devices(devices)
     on_gpu = torch.cuda.is_available()
-    precision = default_precision() if precision == "auto" else check_precision(precision)
+    precision = check_precision(precision)
     shape = shape or ("llama-3.2-1b" if on_gpu else "tiny")
     seq_len = seq_len or (2048 if on_gpu else 32)
     of_ours = offload or prefetch or not reshard_after_forward or compile != "off" or strategy != "fsdp2"

@@ -446,13 +446,9 @@ def test_the_memory_efficient_kernel_takes_it_and_holds_no_scores():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", ["sdpa", "sdpa_repeated_kv", "flash", "flex", "xformers"])
-def test_a_gpu_trains_on_packed_rows_within_noise_of_float32(tiny_llama_dir, backend, compiled, dtype):
+def test_a_gpu_trains_on_packed_rows_within_noise_of_float32(tiny_llama_dir, needs_attention, backend, compiled, dtype):
     """Eight lengths, of rows of one to twenty documents: at most two graphs of a layer."""
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0) and (backend in ("flash", "flex") or dtype == torch.bfloat16):
-        pytest.skip(f"compute capability {capability} has no {backend} in {dtype}")
-    if backend == "xformers":
-        pytest.importorskip("xformers")
+    needs_attention(backend, dtype)
     options: dict[str, Any] = {"checkpoint_activations": True, "sliding_window": 70}
     model = load(tiny_llama_dir, backend, "cuda", dtype=dtype, **options).train()
     truth = load(tiny_llama_dir, "sdpa", **options).train()

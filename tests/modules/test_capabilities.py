@@ -47,7 +47,7 @@ def test_bf16_goes_by_the_compute_capability(machine, gpus, expected, precision)
     machine(*gpus)
     assert capabilities() == expected
     assert default_precision() == precision
-    assert check_precision(default_precision()) == precision
+    assert check_precision("auto") == check_precision(precision) == precision
 
 
 def test_a_cpu_computes_in_float32_by_default(machine):
@@ -74,7 +74,7 @@ def test_bf16_is_refused_where_one_gpu_lacks_it(machine, gpus, precision):
 @pytest.mark.parametrize("precision", ["16", "fp16", "", "16-true"])
 def test_an_unknown_precision_is_refused_with_the_known_ones(precision):
     with pytest.raises(
-        ValueError, match=f"Unknown precision '{precision}'. Choose one of 32-true, 16-mixed, bf16-mixed"
+        ValueError, match=f"Unknown precision '{precision}'. Choose auto or one of 32-true, 16-mixed, bf16-mixed"
     ):
         check_precision(precision)
 
@@ -102,3 +102,14 @@ def test_devices_are_those_there_are(machine, gpus, cores, most):
     for devices in (0, -1):
         with pytest.raises(ValueError, match=f"devices must be at least 1, got {devices}"):
             check_devices(devices)
+
+
+def test_several_machines_need_a_launcher(monkeypatch):
+    for name in ("GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "LSB_JOBID", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ValueError, match=r"num_nodes=2 but nothing says which .* torchrun --nnodes=2 --nproc_per_node=1"
+    ):
+        check_devices(1, num_nodes=2)
+    monkeypatch.setenv("GROUP_RANK", "0")  # as torchrun does
+    assert check_devices(1, num_nodes=2) == 1

@@ -246,13 +246,9 @@ GPU_KERNELS = ["sdpa", "sdpa_repeated_kv", "flash", "flex", "xformers"]
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kernel", GPU_KERNELS)
-def test_kernels_of_a_gpu_are_within_noise_of_float32(kernel, width, window, dtype):
+def test_kernels_of_a_gpu_are_within_noise_of_float32(needs_attention, kernel, width, window, dtype):
     """Rows of 600 tokens, which no block size divides, of 8 heads of queries and 2 of keys."""
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0) and (kernel in ("flash", "flex") or dtype == torch.bfloat16):
-        pytest.skip(f"compute capability {capability} has no {kernel} in {dtype}")
-    if kernel == "xformers":
-        pytest.importorskip("xformers")
+    needs_attention(kernel, dtype)
     lengths = [[300, 1, 299], [600]]
     flat, device = [length for row in lengths for length in row], torch.device("cuda", 0)
     tensors = qkv(1200, heads=(8, 2), width=width, dtype=dtype, device=device)

@@ -1,5 +1,6 @@
 """When a run may begin, and from where."""
 
+import json
 import os
 
 import pytest
@@ -40,6 +41,17 @@ def test_any_part_of_a_run_is_not_overwritten(run, part):
     with pytest.raises(ValueError, match=r"already holds a run\. Continue it with --resume, or name another directory"):
         run.start(resume=False)
     assert (run.root / part).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("status", "step", "holds"),
+    [("failed", 0, False), ("failed", 1, True), ("running", 0, True), ("completed", 0, True)],
+)
+def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way(run, status, step, holds):
+    run.root.mkdir()
+    run.report.write_text(json.dumps({"status": status, "global_step": step}))
+    assert run.holds_run() is holds
+    assert run.start(resume=True) is None
 
 
 @pytest.mark.parametrize("exists", [True, False])
