@@ -30,6 +30,7 @@ from lightning_qlora.modules.attention import IMPLEMENTATION, attention_inputs, 
 from lightning_qlora.modules.compilation import CompileMode, compile_region
 from lightning_qlora.modules.linear_cross_entropy import LossHead
 from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype, local_tensor
+from lightning_qlora.modules.offload_activations import offload_to_host
 from lightning_qlora.modules.weights import (
     LoadReport,
     SafetensorsCheckpoint,
@@ -83,6 +84,19 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
     return lora
 
 
+def check_offload(*, checkpoint_activations: bool, offload_activations: bool) -> None:
+    """Refuse to move activation checkpoints to the host where there are none.
+
+    Raises:
+        ValueError: For ``offload_activations`` without ``checkpoint_activations``.
+    """
+    if offload_activations and not checkpoint_activations:
+        raise ValueError(
+            "offload_activations moves activation checkpoints to the host, but checkpoint_activations is off: there "
+            "are none. Set checkpoint_activations too, or leave offload_activations out."
+        )
+
+
 class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
     """peft's LoRA layer, which computes the same with less traffic and memory.
 
@@ -115,12 +129,18 @@ class QLoRALlamaDecoderLayer(LlamaDecoderLayer):
     """
 
     checkpoint_activations = False
+    offload_activations = False
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``forward``, around what is compiled: hidden_states wait for backward on the host if so configured."""
+        offloads = self.offload_activations and self._is_recomputed(kwargs)
+        with offload_to_host(hidden_states) if offloads else contextlib.nullcontext():
+            return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As ``LlamaDecoderLayer.forward``: hidden_states [B, S, H] -> [B, S, H]."""
         forward = functools.partial(super().forward, **kwargs)
-        learns = self.training and torch.is_grad_enabled()
-        if not (self.checkpoint_activations and learns and kwargs.get("past_key_values") is None):
+        if not self._is_recomputed(kwargs):
             return forward(hidden_states, *args)  # type: ignore[no-any-return]
         options: dict[str, Any] = {}
         if _COMPILED_CHECKPOINTS_NEED_A_POLICY and torch.compiler.is_compiling():
@@ -128,6 +148,10 @@ class QLoRALlamaDecoderLayer(LlamaDecoderLayer):
         return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
             forward, hidden_states, *args, use_reentrant=False, **options
         )
+
+    def _is_recomputed(self, kwargs: dict[str, Any]) -> bool:
+        learns = self.training and torch.is_grad_enabled()
+        return self.checkpoint_activations and learns and kwargs.get("past_key_values") is None
 
 
 #: Before 2.13, torch.compile recomputes what lies inside an autograd.Function only if a policy says so.
@@ -331,6 +355,7 @@ def build_llama(
     attention: str = "sdpa",
     sliding_window: int | None = None,
     checkpoint_activations: bool = False,
+    offload_activations: bool = False,
 ) -> QLoRALlamaForCausalLM:
     """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
 
@@ -344,10 +369,12 @@ def build_llama(
         attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose: a ``Backend`` or ``"eager"``.
         sliding_window: How many tokens one sees, itself included; ``None`` for all before it.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
+        offload_activations: Keep the inputs of recomputed layers in host memory.
 
     Raises:
-        ValueError: If the model is not a Llama, or ``lora`` is not supported.
+        ValueError: If the model is not a Llama, ``lora`` is not supported, or there is nothing to offload.
     """
+    check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
     config = load_config(checkpoint.directory)
     register_attention()
     config._attn_implementation = attention if attention == "eager" else IMPLEMENTATION
@@ -361,9 +388,8 @@ def build_llama(
                 name = f"model.{parent_name}.{attribute}.weight"
                 setattr(parent, attribute, _projection(child, prequantized_state(checkpoint, name), checkpoint, dtype))
     _cast_unquantized(model, dtype)
-    if checkpoint_activations:
-        for layer in model.model.layers:
-            layer.checkpoint_activations = True
+    for layer in model.model.layers:
+        layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
     config = copy.copy(check_lora(lora))
     config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
     inject_adapter_in_model(config, model, low_cpu_mem_usage=True)

@@ -41,6 +41,7 @@ from transformers import LlamaConfig
 from lightning_qlora.modules.attention import SDPA_REPEATED_KV, sdpa_backend
 from lightning_qlora.modules.capabilities import Precision, compute_dtype
 from lightning_qlora.modules.linear_loss import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
+from lightning_qlora.modules.llama import check_offload
 
 GIB = 2**30
 
@@ -65,6 +66,7 @@ class Settings:
         precision: Of the Trainer.
         offload: FSDP2 keeps parameters, gradients and optimizer state on the host.
         checkpoint_activations: Each decoder layer is recomputed in backward.
+        offload_activations: What it is recomputed from waits on the host.
         compile: Whether decoder layers are compiled.
         accumulate: Micro-batches a step; above 1 gradients are there all the time, unsharded until the last.
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
@@ -73,7 +75,7 @@ class Settings:
         compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it.
 
     Raises:
-        ValueError: If a count is below 1.
+        ValueError: If a count is below 1, or activations are to be offloaded that are not checkpointed.
     """
 
     config: LlamaConfig
@@ -85,6 +87,7 @@ class Settings:
     precision: Precision = "16-mixed"
     offload: bool = False
     checkpoint_activations: bool = False
+    offload_activations: bool = False
     compile: bool = False
     accumulate: int = 1
     reshard_after_forward: bool = True
@@ -96,6 +99,7 @@ class Settings:
         for name in ("batch_size", "seq_len", "world_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_offload(checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations)
 
     @property
     def shards(self) -> int:
@@ -115,7 +119,7 @@ class MemoryPlan:
     Attributes:
         settings: What it holds for.
         moments: Name of a moment -> part -> bytes.
-        host_bytes: What the rank keeps in host memory instead (``offload``).
+        host_bytes: What the rank keeps in host memory instead (``offload``, ``offload_activations``).
     """
 
     settings: Settings
@@ -167,8 +171,8 @@ class MemoryPlan:
         remedy = (
             "These would fit: " + "; ".join(fitting) + "."
             if fitting
-            else "No combination of --checkpoint_activations, --offload, a smaller --batch_size and --seq_len would "
-            "fit: take a smaller model."
+            else "No combination of --checkpoint_activations, --offload_activations, --offload, a smaller "
+            "--batch_size and --seq_len would fit: take a smaller model."
         )
         return (
             f"Training needs about {self.device_bytes / GIB:.1f} GiB on each device, which has "
@@ -176,7 +180,10 @@ class MemoryPlan:
         )
 
     def fitting_flags(self, device_bytes: int) -> list[str]:
-        """Changes that make it fit, each enough by itself; if there are none, with checkpointing, then offload too."""
+        """Changes that make it fit, each enough by itself; if there are none, with checkpointing, then offload too.
+
+        Checkpoints move to the host only where recomputing alone is not enough.
+        """
         s = self.settings
         halves = [2**i for i in range(1, 20)]
         axes: list[list[dict[str, Any]]] = [
@@ -188,9 +195,12 @@ class MemoryPlan:
         if s.strategy == "ddp":
             axes.append([{"strategy": "fsdp2"}])
         steps: list[dict[str, Any]] = [{}]
-        if not s.checkpoint_activations:
-            axes.insert(0, [{"checkpoint_activations": True}])
-            steps.append({"checkpoint_activations": True})
+        recompute = {"checkpoint_activations": True}
+        fewer_activations = [] if s.checkpoint_activations else [recompute]
+        if not s.offload_activations:
+            fewer_activations.append({**recompute, "offload_activations": True})
+        axes.insert(0, fewer_activations)
+        steps += fewer_activations
         if not s.offload:
             axes.append([{"offload": True, "strategy": "fsdp2"}])
             steps.append({**steps[-1], "offload": True, "strategy": "fsdp2"})
@@ -334,6 +344,15 @@ def _workspace_bytes(s: Settings) -> int:
     return 2 * (32 * 2**20 if s.compute_capability >= (9, 0) else 8320 * 2**10)
 
 
+def _pinned_bytes(nbytes: int) -> int:
+    """What PyTorch takes of the host for a pinned tensor: it rounds up to a power of two.
+
+    It keeps the memory for the next batch. This is what batches of the full length take, each done before the next:
+    much shorter ones get blocks of their own, and so do micro-batches that the host queues before the device is there.
+    """
+    return 1 << (nbytes - 1).bit_length()
+
+
 def _loss_bytes(s: Settings) -> int:
     """The final norm's float32 input, its result and the gradient of that, and a chunk of logits."""
     c, tokens, dtype = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision)
@@ -384,9 +403,17 @@ def plan_memory(settings: Settings) -> MemoryPlan:
 
     kept = [_kept_bytes(s, layer) for layer in layers]
     activations = 2 * value * s.seq_len * c.head_dim + 32 * tokens  # rotary embeddings, tokens and labels
+    returned = 0
+    if s.offload_activations:
+        # One input is back while its layer is recomputed and, compiled or in float32, until that layer's backward ends.
+        # In forward one's memory is free as soon as its layer is queued, but for the first layer's where layers are
+        # compiled: there it is a leaf of the autograd graph, which holds its leaves.
+        returned = one_input
+        activations += one_input if s.compile else 0
+        host += len(layers) * (_pinned_bytes(one_input) if s.compute_capability else one_input)
     if s.checkpoint_activations:
-        per_layer = one_input
-        activations += one_input * len(layers)
+        per_layer = 0 if s.offload_activations else one_input
+        activations += per_layer * len(layers)
         recomputed = max(kept) - (one_input if value == 4 else 0)  # in float32 the first norm keeps that input itself
     else:
         per_layer, recomputed = max(kept), 0
@@ -405,7 +432,7 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         "backward": {
             **resident,
             "gradients": early_gradients + late_gradients,
-            "activations": last_activations,
+            "activations": last_activations + returned,
             "recomputed layer": recomputed,
             "working memory": max(_working_bytes(s, layer) for layer in layers),
         },

@@ -34,6 +34,7 @@ from lightning_qlora.modules.llama import (
     QLoRALlamaForCausalLM,
     build_llama,
     check_lora,
+    check_offload,
     default_lora,
     load_config,
     materialize,
@@ -77,6 +78,7 @@ class QLoRALlama(L.LightningModule):
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
         weight_decay: AdamW's, on the adapters.
         checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
+        offload_activations: Keep what recomputation starts from in host memory; needs ``checkpoint_activations``.
         attention: ``"auto"``, ``"sdpa"``, ``"flex"``, ``"flash"`` or ``"xformers"``, which all compute the same (see
             :func:`~lightning_qlora.modules.attention.choose_attention`); ``"eager"`` is transformers' own.
         sliding_window: A token sees this many, itself included; ``None`` for all before it.
@@ -103,6 +105,7 @@ class QLoRALlama(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
         checkpoint_activations: bool = False,
+        offload_activations: bool = False,
         attention: AttentionName | Literal["eager"] = "auto",
         sliding_window: int | None = None,
         packing: bool = False,
@@ -125,7 +128,9 @@ class QLoRALlama(L.LightningModule):
         load_config(self.model_dir)
         self.lora = check_lora(lora or default_lora())
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
-        self.weight_decay, self.checkpoint_activations = weight_decay, checkpoint_activations
+        check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
+        self.checkpoint_activations, self.offload_activations = checkpoint_activations, offload_activations
+        self.weight_decay = weight_decay
         check_attention(attention, sliding_window)
         self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
         self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
@@ -154,7 +159,7 @@ class QLoRALlama(L.LightningModule):
         attention = self._attention(device, dtype, load_config(self.model_dir).attention_dropout)
         model = build_llama(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
-            checkpoint_activations=self.checkpoint_activations,
+            checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations,
         )  # fmt: skip
         model.compile_regions(self.compile_mode, backend=self.compile_backend)
         if isinstance(strategy, FSDP2Strategy):

@@ -46,7 +46,7 @@ from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.data import ChatDataModule
 from lightning_qlora.modules.hub import DEMO_MODEL, base_name, resolve_model
-from lightning_qlora.modules.llama import default_lora, load_config
+from lightning_qlora.modules.llama import check_offload, default_lora, load_config
 from lightning_qlora.modules.memory_plan import Settings, plan_memory
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.run_directory import RunDirectory
@@ -80,6 +80,7 @@ def main(
     async_save: bool = False,
     compile: CompileMode = "off",
     checkpoint_activations: bool = False,
+    offload_activations: bool = False,
     offload: bool = False,
     reshard_after_forward: bool = True,
     prefetch: int = 0,
@@ -117,6 +118,7 @@ def main(
         async_save: Write checkpoints while training goes on.
         compile: Compile each layer and the loss as one graph: half a minute at the start, then faster steps.
         checkpoint_activations: Recompute each layer in backward to save memory.
+        offload_activations: Keep what layers are recomputed from in host memory.
         offload: Keep sharded weights and optimizer state in host memory.
         reshard_after_forward: Free gathered layers between forward and backward (fsdp2).
         prefetch: Layers to gather ahead; 0 leaves it to FSDP2, which gathers one.
@@ -130,6 +132,7 @@ def main(
         timeout_minutes=timeout_minutes,
     )  # fmt: skip
     check_devices(devices)
+    check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
     precision = default_precision() if precision == "auto" else check_precision(precision)
     launched = build_strategy(
         strategy, devices=devices, num_nodes=num_nodes, precision=precision, cpu_offload=offload,
@@ -143,14 +146,13 @@ def main(
         dtype=compute_dtype(precision),
     )  # fmt: skip
     directory = resolve_model(model)
-    settings = Settings(
+    plan = plan_memory(Settings(
         config=load_config(directory), lora=lora, batch_size=batch_size, seq_len=seq_len,
         world_size=devices * num_nodes, strategy=strategy, precision=precision, offload=offload,
-        checkpoint_activations=checkpoint_activations, compile=compile != "off", accumulate=accumulate,
-        reshard_after_forward=reshard_after_forward, prefetch=prefetch, shard_size=shard_size,
-        compute_capability=device.compute_capability,
-    )  # fmt: skip
-    plan = plan_memory(settings)
+        checkpoint_activations=checkpoint_activations, offload_activations=offload_activations,
+        compile=compile != "off", accumulate=accumulate, reshard_after_forward=reshard_after_forward,
+        prefetch=prefetch, shard_size=shard_size, compute_capability=device.compute_capability,
+    ))  # fmt: skip
     too_much = plan.check(device.memory_bytes) if device.device_type == "cuda" else None
     if rank_zero_only.rank == 0 and (dry_run or too_much):
         print(plan.table(), too_much or "", sep="\n", flush=True)
@@ -166,8 +168,8 @@ def main(
     data.load()
     module = QLoRALlama(
         directory, lora, learning_rate=lr, warmup_steps=max_steps // 20, checkpoint_activations=checkpoint_activations,
-        init_adapter=init_adapter, model_name=base_name(model, directory), seed=seed, compile=compile,
-        attention=attention, sliding_window=sliding_window, packing=packing,
+        offload_activations=offload_activations, init_adapter=init_adapter, model_name=base_name(model, directory),
+        seed=seed, compile=compile, attention=attention, sliding_window=sliding_window, packing=packing,
     )  # fmt: skip
     module.check_checkpoint(checkpoint)
 

@@ -124,6 +124,7 @@ def build(settings: Settings, device: str) -> QLoRALlamaForCausalLM:
         model = build_llama(
             checkpoint, settings.lora, dtype=dtype, attention=sdpa_backend(settings.compute_capability, dtype),
             checkpoint_activations=settings.checkpoint_activations,
+            offload_activations=settings.offload_activations,
         )  # fmt: skip
         materialize(model, checkpoint, torch.device(device), seed=0)
         checkpoint.close()
@@ -253,12 +254,38 @@ def test_without_flash_attention_keys_and_values_are_as_wide_as_queries(precisio
     assert plan.moments["step"]["workspace"] == 2 * 8320 * 1024
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_offloaded_activations_are_on_the_host(precision):
+    """On a CPU the host is the device: all copies count, and what they were made of is gone."""
+    # Accumulating, for then all gradients are there at any time.
+    settings = settings_of("grouped heads", precision=precision, checkpoint_activations=True, accumulate=2)
+    offloading = dataclasses.replace(settings, offload_activations=True)
+    assert measure(offloading)[:2] == pytest.approx(measure(settings)[:2], rel=1e-3)
+    here, there = plan_memory(settings), plan_memory(offloading)
+    one = 2 * 384 * 256 * compute_dtype(precision).itemsize
+    assert (here.host_bytes, there.host_bytes) == (0, 3 * one)
+    assert here.moments["loss"]["activations"] - there.moments["loss"]["activations"] == 3 * one
+    # While a layer is differentiated its own input is back, and compiled the first layer's has never left.
+    assert here.moments["backward"]["activations"] - there.moments["backward"]["activations"] == 2 * one
+    compiled = plan_memory(dataclasses.replace(offloading, compile=True))
+    for moment in ("loss", "backward"):
+        assert compiled.moments[moment]["activations"] - there.moments[moment]["activations"] == one
+    assert there.moments["step"] == here.moments["step"]
+
+
+ACTIVATIONS: dict[str, dict[str, bool]] = {
+    "kept": {},
+    "recomputed": {"checkpoint_activations": True},
+    "offloaded": {"checkpoint_activations": True, "offload_activations": True},
+}
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("vocab_size", [1024, 128256])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_allocates_what_is_planned(vocab_size, precision, checkpointing):
+def test_a_gpu_allocates_what_is_planned(vocab_size, precision, activations):
     if precision == "bf16-mixed" and not capabilities().bf16:
         pytest.skip("needs bf16 arithmetic (compute capability 8.0)")
     config = LlamaConfig(
@@ -267,7 +294,7 @@ def test_a_gpu_allocates_what_is_planned(vocab_size, precision, checkpointing):
     )  # fmt: skip
     settings = Settings(
         config=config, lora=default_lora(64), batch_size=2, seq_len=1024, precision=precision,
-        checkpoint_activations=checkpointing, compute_capability=torch.cuda.get_device_capability(),
+        compute_capability=torch.cuda.get_device_capability(), **ACTIVATIONS[activations],
     )  # fmt: skip
     gc.collect()  # the model of the test before
     torch._C._cuda_clearCublasWorkspaces()  # of an earlier test, and part of the plan
@@ -323,6 +350,15 @@ def test_offload_leaves_layers_and_adapters_to_the_host():
     assert "In host memory of each process: 3.9" in plan.table()
 
 
+def test_pinned_memory_is_a_power_of_two():
+    rank = {"checkpoint_activations": True, "offload_activations": True, "compute_capability": (7, 5)}
+    plan = plan_8b(**rank, seq_len=2049)
+    assert plan.host_bytes == 32 * 32 * 2**20
+    assert "In host memory of each process: 1.00 GiB." in plan.table()
+    both = plan_8b(**rank, offload=True)
+    assert both.host_bytes == plan_8b(offload=True).host_bytes + 32 * 16 * 2**20
+
+
 def test_a_compiled_layer_needs_more_while_it_runs():
     eager, compiled = plan_8b(checkpoint_activations=True), plan_8b(checkpoint_activations=True, compile=True)
     assert compiled.moments["backward"]["working memory"] > eager.moments["backward"]["working memory"]
@@ -376,6 +412,18 @@ def test_the_flags_that_are_named_do_fit():
     assert all(flags.startswith("--checkpoint_activations --") for flags in combined)
     assert plan.fitting_flags(CONTEXT_BYTES) == []
     assert "No combination of" in str(plan.check(CONTEXT_BYTES))
+
+
+def test_checkpoints_go_to_the_host_where_recomputing_is_not_enough():
+    long = {"seq_len": 32768, "compute_capability": (8, 0)}
+    kept = plan_8b(**long)
+    recomputed, offloaded = (plan_8b(**long, **ACTIVATIONS[name]) for name in ("recomputed", "offloaded"))
+    assert kept.fitting_flags(recomputed.device_bytes)[0] == "--checkpoint_activations"
+    assert kept.fitting_flags(offloaded.device_bytes)[0] == "--checkpoint_activations --offload_activations"
+    flags = recomputed.fitting_flags(offloaded.device_bytes)
+    assert flags[0] == "--offload_activations"
+    assert "--checkpoint_activations" not in " ".join(flags)
+    assert not any("offload_activations" in flag for flag in offloaded.fitting_flags(offloaded.device_bytes - GIB))
 
 
 def test_a_single_device_or_ddp_is_told_about_sharding():
