@@ -16,6 +16,7 @@ attention              c (2 Q + 2 K) + 4 heads  queries, keys, values, the resul
 MLP                    3 c I                    gate, silu(gate), up
 LoRA, each projection  c R                      A x
 LoRA, together         c (2 H + I)              x: the norms' results and the MLP's product; the attention's is there
+with dropout instead   c W + W, on a CPU 2 c W  x [T, W] of each projection after dropout, and what was dropped
 =====================  =======================  =====================================================================
 
 Mixed precision also keeps the compute-dtype copies of A and B. While it runs, a layer needs more: see
@@ -308,8 +309,11 @@ def _kept_bytes(s: Settings, layer: _Layer) -> int:
     attention = value * (2 * q + 2 * k) + 4 * heads
     mlp = 3 * value * i
     low = value * sum(p.rank for p in layer.values())
+    dropped = value + (value if s.compute_capability is None else 1)
     inputs = value * h * (bool(adapted & {"q_proj", "k_proj", "v_proj"}) + bool(adapted & {"gate_proj", "up_proj"}))
     inputs += value * i * ("down_proj" in adapted)
+    if s.lora.lora_dropout:
+        inputs = dropped * sum(p.columns for p in layer.values() if p.rank)
     return tokens * (norms + attention + mlp + low + inputs) + _cast_adapter_bytes(s, layer)
 
 

@@ -35,13 +35,7 @@ from lightning_qlora.callbacks import (
     ThroughputReport,
 )
 from lightning_qlora.modules.attention import AttentionName, choose_attention
-from lightning_qlora.modules.capabilities import (
-    capabilities,
-    check_devices,
-    check_precision,
-    compute_dtype,
-    default_precision,
-)
+from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.data import ChatDataModule
@@ -69,6 +63,7 @@ def main(
     sliding_window: int | None = None,
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
     lr: float = 3e-4,
+    clip_norm: float = 1.0,
     lora_r: int = 64,
     lora_alpha: int = 128,
     lora_dropout: float = 0.0,
@@ -107,6 +102,7 @@ def main(
         sliding_window: Tokens that one sees, itself included; default all before it.
         precision: auto takes bf16-mixed or 16-mixed on a GPU, as the hardware allows, and 32-true on CPU.
         lr: Peak learning rate; 5 % of the steps warm up, then cosine decay to 0.
+        clip_norm: Largest norm of all gradients together; 0 for any.
         lora_r: Rank of the adapters, which sit on all seven projections.
         lora_alpha: Scale of the adapters, times 1/r.
         lora_dropout: Dropout before the adapters.
@@ -131,9 +127,11 @@ def main(
         max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, num_nodes=num_nodes,
         timeout_minutes=timeout_minutes,
     )  # fmt: skip
-    check_devices(devices)
+    if clip_norm < 0:
+        raise ValueError(f"--clip_norm must be at least 0, which is none, got {clip_norm}.")
+    check_devices(devices, num_nodes)
     check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
-    precision = default_precision() if precision == "auto" else check_precision(precision)
+    precision = check_precision(precision)
     launched = build_strategy(
         strategy, devices=devices, num_nodes=num_nodes, precision=precision, cpu_offload=offload,
         reshard_after_forward=reshard_after_forward, prefetch=prefetch, shard_size=shard_size,
@@ -141,13 +139,14 @@ def main(
     )  # fmt: skip
     lora = default_lora(lora_r, lora_alpha, lora_dropout)
     device = capabilities()
+    directory = resolve_model(model)
+    config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
         attention, packed=packing, sliding_window=sliding_window, compute_capability=device.compute_capability,
-        dtype=compute_dtype(precision),
+        dtype=compute_dtype(precision), dropout=config.attention_dropout,
     )  # fmt: skip
-    directory = resolve_model(model)
     plan = plan_memory(Settings(
-        config=load_config(directory), lora=lora, batch_size=batch_size, seq_len=seq_len,
+        config=config, lora=lora, batch_size=batch_size, seq_len=seq_len,
         world_size=devices * num_nodes, strategy=strategy, precision=precision, offload=offload,
         checkpoint_activations=checkpoint_activations, offload_activations=offload_activations,
         compile=compile != "off", accumulate=accumulate, reshard_after_forward=reshard_after_forward,
@@ -177,7 +176,7 @@ def main(
     stop = GracefulStop(run.checkpoints)
     trainer = L.Trainer(
         devices=devices, num_nodes=num_nodes, strategy=launched, max_steps=max_steps,
-        accumulate_grad_batches=accumulate, gradient_clip_val=1.0,
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip_norm,
         val_check_interval=max(1, max_steps * accumulate // 2), check_val_every_n_epoch=None, num_sanity_val_steps=0,
         inference_mode=False, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[

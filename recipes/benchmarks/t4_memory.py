@@ -41,8 +41,8 @@ class Configuration:
     lora_r: int = 64
     strategy: str = "fsdp2"
     compile: str = "off"
+    offload_activations: bool = False
     offload: bool = False
-    prefetch: int = 0
 
     def flags(self) -> list[str]:
         """As the command line has them, those that differ from their defaults."""
@@ -54,8 +54,8 @@ class Configuration:
         settings = Settings(
             config=SHAPES[self.shape].config(), lora=default_lora(self.lora_r), batch_size=self.batch_size,
             seq_len=self.seq_len, world_size=2, strategy=self.strategy, precision=precision,  # type: ignore[arg-type]
-            offload=self.offload, checkpoint_activations=True, compile=self.compile != "off", prefetch=self.prefetch,
-            compute_capability=compute_capability,
+            offload=self.offload, checkpoint_activations=True, offload_activations=self.offload_activations,
+            compile=self.compile != "off", compute_capability=compute_capability,
         )  # fmt: skip
         return plan_memory(settings).total_bytes / GIB
 
@@ -66,7 +66,10 @@ ON_GPUS = [
     Configuration("llama-3.1-8b", batch_size=4),
     Configuration("llama-3.1-8b", batch_size=4, compile="default"),
     Configuration("llama-3.1-8b", offload=True),
+    Configuration("llama-3.1-8b", seq_len=8192, offload_activations=True),
     Configuration("qwen2.5-32b", lora_r=16),
+    Configuration("qwen2.5-32b", lora_r=16, offload_activations=True),
+    Configuration("qwen2.5-32b", offload=True),
 ]
 ON_CPU = [Configuration("tiny", seq_len=32), Configuration("tiny", seq_len=32, strategy="ddp")]
 

@@ -71,6 +71,7 @@ def main(
     reshard_after_forward: bool = True,
     prefetch: int = 0,
     checkpoint_activations: bool = True,
+    offload_activations: bool = False,
     compile: CompileMode = "off",
     memory_cap_gib: float | None = None,
     steps: int = 8,
@@ -96,6 +97,7 @@ def main(
         reshard_after_forward: Gather layers again for backward, rather than keep them (not with a peer).
         prefetch: Layers gathered ahead; 0 leaves it to FSDP2 (not with a peer).
         checkpoint_activations: Recompute each layer in backward.
+        offload_activations: From inputs that wait in host memory (not with a peer).
         compile: As of QLoRALlama (not with a peer).
         memory_cap_gib: The most that PyTorch may reserve on each GPU: a T4 has about 14.5.
         steps: Measured steps.
@@ -114,11 +116,18 @@ def main(
     precision = check_precision(precision)
     shape = shape or ("llama-3.2-1b" if on_gpu else "tiny")
     seq_len = seq_len or (2048 if on_gpu else 32)
-    of_ours = offload or prefetch or not reshard_after_forward or compile != "off" or strategy != "fsdp2"
+    of_ours = (
+        offload
+        or offload_activations
+        or prefetch
+        or not reshard_after_forward
+        or compile != "off"
+        or strategy != "fsdp2"
+    )
     if peer and (of_ours or precision == "bf16-true" or not quantized):
         raise ValueError(
-            "A peer takes no --strategy, --offload, --prefetch, --reshard_after_forward or --compile, starts from 4 "
-            "bits, and trains in 32-true, 16-mixed or bf16-mixed. Leave these flags out."
+            "A peer takes no --strategy, --offload, --offload_activations, --prefetch, --reshard_after_forward or "
+            "--compile, starts from 4 bits, and trains in 32-true, 16-mixed or bf16-mixed. Leave these flags out."
         )
     if peer == "accelerate" and (devices < 2 or not on_gpu):
         raise ValueError("--peer accelerate needs --devices 2 or more GPUs: accelerate does not shard otherwise.")
@@ -140,7 +149,7 @@ def main(
     else:
         module = QLoRALlama(
             directory, default_lora(lora_r), learning_rate=LEARNING_RATE, schedule="constant",
-            checkpoint_activations=checkpoint_activations, compile=compile,
+            checkpoint_activations=checkpoint_activations, offload_activations=offload_activations, compile=compile,
         )  # fmt: skip
         train_ours(module, batches, meter, devices, own_strategy)
     figures = meter.gather()
@@ -152,6 +161,7 @@ def main(
     options = {
         f"compile {compile}": compile != "off",
         "offload": offload,
+        "offload activations": offload_activations,
         "no resharding": not reshard_after_forward,
         f"prefetch {prefetch}": prefetch,
         "no checkpointing": not checkpoint_activations,

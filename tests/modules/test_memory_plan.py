@@ -222,6 +222,14 @@ def test_what_a_step_keeps_and_needs(shape, precision, checkpointing):
     assert planned(plan_memory(settings)) == pytest.approx(measure(settings), rel=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_dropout_keeps_an_input_for_each_projection(precision, checkpointing):
+    lora = default_lora(16, 32, 0.05)
+    settings = settings_of("grouped heads", precision=precision, lora=lora, checkpoint_activations=checkpointing)
+    assert planned(plan_memory(settings)) == pytest.approx(measure(settings), rel=0.06)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(
     "lora",
