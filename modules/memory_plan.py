@@ -73,7 +73,8 @@ class Settings:
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
         prefetch: Layers that FSDP2 gathers ahead; 0 leaves it to FSDP2, which gathers one.
         shard_size: Ranks that one copy is sharded over (hybrid sharding); ``None`` for all.
-        compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it.
+        compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it, on whole
+            rows: packed rows or a window take more on SDPA, see :mod:`~lightning_qlora.modules.document_attention`.
 
     Raises:
         ValueError: If a count is below 1, or activations are to be offloaded that are not checkpointed.

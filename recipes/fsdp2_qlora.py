@@ -121,7 +121,7 @@ def main(
         shard_size: GPUs that share one copy of the base (hybrid sharding); default all of them.
         timeout_minutes: How long a rank waits for the others before it gives up.
         prompt: What to ask before and after training; default a held-out question of the data.
-        dry_run: Print the predicted memory of each device, and end with status 1 if it would not fit.
+        dry_run: Print the predicted memory of each device, and end, with status 1 if a GPU has less.
     """
     positive(
         max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, num_nodes=num_nodes,

@@ -56,34 +56,37 @@ def batches(first_step: int) -> list[dict[str, Any]]:
 
 
 class Record(L.Callback):
-    """Losses and gradient norms of the steps; saves at one of them."""
+    """Losses and gradient norms of the steps; saves after one of them."""
 
-    def __init__(self, save: Path | None) -> None:
+    def __init__(self, save: Path | None, save_at: int) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.save = save
+        self.save, self.save_at = save, save_at
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         micro_batches = len(LENGTHS) // trainer.world_size
         if (trainer.fit_loop.epoch_loop.batch_idx + 1) % micro_batches == 0:
             self.losses.append(float(trainer.callback_metrics["train_loss"]))
             self.norms.append(float(trainer.callback_metrics["grad_norm"]))
-            if self.save is not None and trainer.global_step == SAVED_AT:
+            if self.save is not None and trainer.global_step == self.save_at:
                 trainer.save_checkpoint(self.save)
 
 
 def train(
     model_dir: Path, name: Any, device: str, precision: str, options: dict[str, Any], save: Path | None,
-    resume: Path | None,
+    resume: Path | None, save_at: int = SAVED_AT, resume_at: int = SAVED_AT,
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:  # fmt: skip
-    """Train with activation checkpointing and clipping; returns losses, norms and the adapters."""
+    """Train with activation checkpointing and clipping; returns losses, norms and the adapters.
+
+    ``save`` is written after ``save_at`` steps; ``resume`` is of ``resume_at``.
+    """
     world_size = dist.get_world_size()
     if name == "single":
         options = {**options, "devices": world_size}
     module = QLoRALlama(
         model_dir, default_lora(4), learning_rate=5e-3, schedule="constant", checkpoint_activations=True
     )
-    record = Record(save)
+    record = Record(save, save_at)
     strategy = build_strategy(name, precision=precision, **options)
     trainer = L.Trainer(
         accelerator=device, devices=world_size, strategy=strategy, logger=False, enable_checkpointing=False,
@@ -102,7 +105,7 @@ def train(
 
     trainer.callbacks.append(CheckBase())
     resumed = {} if resume is None else {"ckpt_path": resume}
-    trainer.fit(module, DataLoader(batches(0 if resume is None else SAVED_AT), batch_size=None), **resumed)
+    trainer.fit(module, DataLoader(batches(0 if resume is None else resume_at), batch_size=None), **resumed)
     for name_, parameter in module.named_parameters():
         if name_ in base:
             local = [getattr(t, "to_local", lambda t=t: t)() for t in (parameter.detach(), base[name_])]
@@ -152,6 +155,20 @@ def test_all_strategies_train_alike_and_continue_one_anothers_checkpoints(
             ):
                 assert len(result[0]) == STEPS - SAVED_AT
                 check_equal(result, whole["single"], 1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=groups(2)[1].marks)])
+def test_a_run_goes_from_two_devices_to_one_and_back(
+    ranks: RankPools, tiny_llama_4bit_dir: Path, tmp_path: Path, device: str
+) -> None:
+    common = (device, train, tiny_llama_4bit_dir, "fsdp2", device, "32-true", {})
+    of_two, of_one = tmp_path / "two.ckpt", tmp_path / "one.ckpt"
+    whole = ranks.run(2, *common, of_two, None)[0]
+    (on_one,) = ranks.run(1, *common, of_one, of_two, 3)
+    check_equal(on_one, whole, 1e-6)
+    for result in ranks.run(2, *common, None, of_one, 3, 3):
+        assert len(result[0]) == STEPS - 3
+        check_equal(result, whole, 1e-6)
 
 
 @pytest.mark.parametrize(("world_size", "device"), groups(4))
@@ -205,6 +222,26 @@ EVERY_WAY: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     # aot_eager: the graphs of "inductor" without its half a minute of code generation
     "fsdp2, compiled": (2, {"name": "fsdp2"}, {"compile": "default", "compile_backend": "aot_eager"}),
     "hybrid 2 x 2": (4, {"name": "fsdp2", "shard_size": 2, "sharded_checkpoints": True, "async_save": True}, {}),
+    "fsdp2, bf16-true": (2, {"name": "fsdp2", "precision": "bf16-true"}, {}),
+    "fsdp2, 16-mixed": (2, {"name": "fsdp2", "precision": "16-mixed"}, {}),
+    "all at once": (
+        2,
+        {
+            "name": "fsdp2",
+            "precision": "bf16-mixed",
+            "cpu_offload": True,
+            "prefetch": 1,
+            "async_save": True,
+            "sharded_checkpoints": True,
+        },
+        {
+            "checkpoint_activations": True,
+            "offload_activations": True,
+            "compile": "default",
+            "compile_backend": "aot_eager",
+            "sliding_window": 16,
+        },
+    ),
 }
 
 
@@ -224,7 +261,7 @@ def train_from(
                 losses.append(float(trainer.callback_metrics["train_loss"]))
 
     trainer = L.Trainer(
-        accelerator=device, devices=world_size, strategy=build_strategy(precision="32-true", **strategy),
+        accelerator=device, devices=world_size, strategy=build_strategy(**{"precision": "32-true", **strategy}),
         max_steps=2, accumulate_grad_batches=4 // world_size, use_distributed_sampler=False, inference_mode=False,
         callbacks=[Losses(), StepCheckpoint(directory / "checkpoints", 2, adapters=directory / "adapters")],
         logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -265,7 +302,8 @@ def test_adapters_and_bases_go_to_stock_libraries_and_back(
     results = ranks.run(
         world_size, device, train_from, tiny_llama_4bit_dir, adapter, tmp_path, device, strategy, options, timeout=240
     )
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-2}  # TF32 may be on
+    close = 1e-4 if device == "cpu" else 1e-2  # TF32 may be on
+    tolerance = {"rtol": close, "atol": close}
     trained = tmp_path / "adapters" / "step=2"
     stock = PeftModel.from_pretrained(dense_llama(tiny_llama_4bit_dir), trained).eval()
     merge_adapter(tiny_llama_4bit_dir, trained, tmp_path / "merged", dtype=torch.float32)
@@ -275,9 +313,10 @@ def test_adapters_and_bases_go_to_stock_libraries_and_back(
         expected, of_merged, of_before = (model(SAMPLES[0]).logits for model in (stock, merged, before))
     assert (expected - of_before).abs().max() > 0.1
     torch.testing.assert_close(of_merged, expected, **tolerance)
+    close = {"16-mixed": 1e-2, "bf16-mixed": 5e-2, "bf16-true": 5e-2}.get(strategy.get("precision", ""), close)
     for losses, logits in results:
-        assert losses[0] == pytest.approx(first_loss, rel=tolerance["rtol"])
-        torch.testing.assert_close(logits, expected, **tolerance)
+        assert losses[0] == pytest.approx(first_loss, rel=close)
+        assert (logits - expected).abs().max() <= close * expected.abs().max()
 
 
 # --------------------------------------------------------------------------------------------------------- the function
