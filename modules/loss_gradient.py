@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ class Plan:
     loss: Loss
     settings: Settings
     returns: Returns
+    program: Any  # what identifies that of the loss
 
 
 # ------------------------------------------------------------------------------------------------- value and gradient
@@ -73,13 +74,17 @@ def loss_values_and_gradient(
         per_token: What the loss gets besides, each [C, *].
         cotangents: For each differentiable result a scalar, or for a result [C] also a tensor [C].
     """
-    differentiable = plan.returns.differentiable
-    return _call(plan, _differentiate, _differentiate_fusable, logits, per_token, differentiable, cotangents)
+    return _call(plan, _differentiate, _differentiate_fusable, logits, per_token, plan.returns, cotangents)
 
 
 def _results(loss: Loss, logits: Tensor, per_token: Sequence[Tensor]) -> tuple[Tensor, ...]:
     results = loss(logits, *per_token)
     return results if isinstance(results, tuple) else (results,)
+
+
+def _as_probed(results: Sequence[Tensor], returns: Returns) -> bool:
+    """Whether the loss returns as many results, per token or not, as when it was probed. If not, _call refuses it."""
+    return [result.ndim == 1 for result in results] == list(returns.per_token)
 
 
 def _weighted_sum(
@@ -94,13 +99,15 @@ def _differentiate(
     loss: Loss,
     logits: Tensor,
     per_token: Sequence[Tensor],
-    differentiable: Sequence[bool],
+    returns: Returns,
     cotangents: Sequence[Tensor | float],
 ) -> tuple[Tensor, ...]:
     x = logits.detach().requires_grad_()
     with torch.enable_grad():
         results = _results(loss, x, per_token)
-        total = _weighted_sum(results, differentiable, cotangents)
+        if not _as_probed(results, returns):
+            return results
+        total = _weighted_sum(results, returns.differentiable, cotangents)
     (gradient,) = torch.autograd.grad(total, x)
     logits.copy_(gradient)
     return tuple(result.detach() for result in results)
@@ -115,13 +122,27 @@ def _call(
     """``plain(loss, logits, per_token, *more)``, or if the plan says so ``fusable``, which is equal, compiled.
 
     Not under a dispatch mode, which wants to see operations; nor for a single row, for which Dynamo would specialize.
+
+    Raises:
+        ValueError: If the loss no longer returns what it returned when it was probed.
     """
+    results: tuple[Tensor, ...]
     if not plan.settings.compile or logits.shape[0] < 2 or torch._C._len_torch_dispatch_stack() > 0:
-        return plain(plan.loss, logits, per_token, *more)  # type: ignore[no-any-return]
-    for tensor in (logits, *per_token, *(t for group in more for t in group if isinstance(t, Tensor) and t.ndim)):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    key = (_program(plan.loss), logits.shape[1], logits.dtype)
-    return _compiled(fusable, key)(plan.loss, logits, tuple(per_token), *more)  # type: ignore[no-any-return]
+        results = plain(plan.loss, logits, per_token, *more)
+    else:
+        for tensor in (logits, *per_token, *(t for group in more for t in group if isinstance(t, Tensor) and t.ndim)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        key = (plan.program, logits.shape[1], logits.dtype)
+        results = _compiled(fusable, key)(plan.loss, logits, tuple(per_token), *more)
+    found = [tuple(result.shape) for result in results]
+    expected = [tuple(logits.shape[:1]) if kept else () for kept in plan.returns.per_token]
+    if found != expected:
+        raise ValueError(
+            f"loss {_name(plan.loss)} returned results of shape {found} for {logits.shape[0]} tokens, but {expected} "
+            "is what it returned of two tokens before, when it was probed. It behaves as a global or the like says, "
+            "which has changed since. Pass such a setting as a keyword argument of functools.partial."
+        )
+    return results
 
 
 class _FusableGather(TorchFunctionMode):
@@ -145,14 +166,15 @@ def _differentiate_fusable(
     loss: Loss,
     logits: Tensor,
     per_token: Sequence[Tensor],
-    differentiable: Sequence[bool],
+    returns: Returns,
     cotangents: Sequence[Tensor | float],
 ) -> tuple[Tensor, ...]:
     """:func:`_differentiate` in a form that Dynamo traces into one graph."""
 
     def weighted(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         results = _results(loss, x, per_token)
-        total = _weighted_sum(results, differentiable, cotangents)
+        fits = _as_probed(results, returns)
+        total = _weighted_sum(results, returns.differentiable, cotangents) if fits else x.sum()
         return total, tuple(result.detach() for result in results)
 
     results: tuple[Tensor, ...]
@@ -181,13 +203,51 @@ def _compiled(function: types.FunctionType, key: Any) -> Callable[..., Any]:
     return torch.compile(copy, fullgraph=True, options=_COMPILE_OPTIONS)
 
 
-def _program(loss: Any) -> Any:
-    """What identifies a loss's program, without the values that it encloses: those torch.compile's guards notice."""
-    if isinstance(loss, functools.partial):
-        return (_program(loss.func), len(loss.args), tuple(loss.keywords))
-    if isinstance(loss, types.FunctionType):
-        return (loss.__code__, tuple(_program(cell.cell_contents) for cell in loss.__closure__ or ()))
-    return type(loss)
+_SETTINGS = (type(None), bool, int, str, torch.dtype)
+_NO_SETTINGS = (Tensor, float, list, set)
+
+
+def _program(value: Any, *, settings: bool = False, objects: int = 2, path: tuple[int, ...] = ()) -> Any:
+    """What identifies a loss's program: its code, and that of the functions which it encloses.
+
+    Args:
+        value: A loss, or something that it encloses.
+        settings: Also by which settings it runs: each None, bool, int, string and dtype among the arguments of a
+            partial, defaults, closures, the state of objects, and in tuples and dicts of these. Never floats and
+            tensors, which schedules change, nor lists, to which losses log.
+        objects: How many objects within one another are looked into: a module and its own modules, but of one that a
+            function encloses only its own state, for that may be a whole model.
+        path: Of the values that enclose this one, by id.
+    """
+    if isinstance(value, _SETTINGS):
+        return (type(value), value) if settings else type(value)
+    if isinstance(value, _NO_SETTINGS) or id(value) in path:
+        return type(value)
+
+    def parts(values: Iterable[Any], objects: int) -> tuple[Any, ...]:
+        inner = (*path, id(value))
+        return tuple([_program(part, settings=settings, objects=objects, path=inner) for part in values])
+
+    within_functions = min(objects, 1)
+    if isinstance(value, functools.partial):
+        return (tuple(value.keywords), parts((value.func, *value.args, *value.keywords.values()), within_functions))
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return (value.__code__, parts((value.__defaults__, value.__kwdefaults__, *cells), within_functions))
+    if isinstance(value, types.MethodType):
+        return parts((value.__func__, value.__self__), within_functions)
+    if isinstance(value, types.BuiltinFunctionType):
+        return (value.__name__, type(value.__self__))
+    if not settings or isinstance(value, types.ModuleType):
+        return type(value)
+    if isinstance(value, type):
+        return value
+    if isinstance(value, tuple):
+        return (type(value), parts(value, objects))
+    if isinstance(value, dict):
+        return (type(value), tuple(value), parts(value.values(), objects))
+    state = getattr(value, "__dict__", None) if objects else None
+    return (type(value), parts((state,), objects - 1) if state else None)
 
 
 # ----------------------------------------------------------------------------------------------- what a loss returns
@@ -210,7 +270,7 @@ def _probe(loss: Loss, settings: Settings) -> Returns:
         else torch.ones((2, *shape), dtype=kind, device=device) * (kind == torch.bool)
         for kind, shape in settings.per_token
     ]
-    name = getattr(loss, "__name__", None) or getattr(getattr(loss, "func", None), "__name__", None) or repr(loss)
+    name = _name(loss)
     with torch.enable_grad():
         raw = loss(logits.requires_grad_(), *values)
     results = raw if isinstance(raw, tuple) else (raw,)
@@ -240,21 +300,29 @@ def _probe(loss: Loss, settings: Settings) -> Returns:
     )
 
 
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", None) or getattr(getattr(loss, "func", None), "__name__", None) or repr(loss)
+
+
 # Keyed by the program, not by the object: a lambda that is made anew in each step is probed once.
 _PROBED: dict[Any, Returns] = {}
+_MOST_PROBED = 1024
 
 
 def make_plan(loss: Loss, settings: Settings) -> Plan:
-    """The plan of a loss, which is called for that on two made-up tokens, once for its program and its inputs' types.
+    """The plan of a loss, which is called for that on two made-up tokens, once for its program (:func:`_program`) with
+    its settings and its inputs' types.
 
     Raises:
         ValueError: If the loss returns what it must not, or a sum where values per token are asked for.
     """
-    key = (_program(loss), settings.vocab_size, settings.dtype, settings.device, settings.per_token)
+    key = (_program(loss, settings=True), settings.vocab_size, settings.dtype, settings.device, settings.per_token)
     if key not in _PROBED:
         with torch.autocast(settings.device.partition(":")[0], enabled=False):
             _PROBED[key] = _probe(loss, settings)
+        if len(_PROBED) > _MOST_PROBED:  # of a setting that never stays the same
+            del _PROBED[next(iter(_PROBED))]
     returns = _PROBED[key]
     if not settings.reduce and not all(returns.per_token):
         raise ValueError("reduction='none' needs a loss that returns one value a token [C]; this one returns a sum.")
-    return Plan(loss, settings, returns)
+    return Plan(loss, settings, returns, _program(loss))

@@ -5,6 +5,9 @@ keyword arguments, to be fixed with ``functools.partial``. Nothing here mixes to
 the log-probabilities that come out of :func:`token_log_probs`. A label outside [0, V) that is not ignored makes its
 token's value NaN: to raise instead, the host would have to wait for the device.
 
+**An ignored label makes its token's value 0, but only ``linear_loss(..., ignore_index=-100)`` (or its ``mask``) leaves
+the token out of the mean**, and out of the work.
+
 Shapes: C tokens of a chunk, V vocabulary, H a teacher's hidden size, P preference pairs, S tokens of a sequence.
 """
 
@@ -80,7 +83,16 @@ def kl_divergence(logits: Tensor, teacher_logits: Tensor, *, temperature: float 
         logits: [C, V], the student's.
         teacher_logits: [C, V]; they get no gradient.
         temperature: Softens both distributions; its square keeps the gradient's size.
+
+    Raises:
+        ValueError: If the teacher's vocabulary is not the student's.
     """
+    if teacher_logits.shape[-1] != logits.shape[-1]:
+        raise ValueError(
+            f"The teacher's vocabulary has {teacher_logits.shape[-1]} tokens, the student's {logits.shape[-1]}: the "
+            "divergence compares their probabilities token by token. Use a teacher of the same tokenizer, and cut a "
+            "padded vocabulary to the common size."
+        )
     student = F.log_softmax(_upcast(logits) / temperature, -1)
     teacher = F.log_softmax(_upcast(teacher_logits.detach()) / temperature, -1)
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
@@ -96,7 +108,15 @@ def kl_divergence_from_hidden(
         teacher_hidden: [C, H], the teacher's last hidden states.
         teacher_weight: [V, H], the teacher's head, in the dtype of ``teacher_hidden``.
         temperature: Softens both distributions.
+
+    Raises:
+        ValueError: If the teacher's vocabulary is not the student's, or its head not that of its hidden states.
     """
+    if teacher_weight.shape[-1] != teacher_hidden.shape[-1]:
+        raise ValueError(
+            f"teacher_hidden {tuple(teacher_hidden.shape)} does not fit teacher_weight {tuple(teacher_weight.shape)} "
+            "[V, H]: it must be what the teacher's head gets."
+        )
     teacher_logits = F.linear(teacher_hidden.detach(), teacher_weight.detach())
     return kl_divergence(logits, teacher_logits, temperature=temperature)
 
@@ -112,12 +132,24 @@ def grpo(
     clip_high: float = 0.2,
     beta: float = 0.04,
     temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group-relative policy optimization (arXiv:2402.03300): clipped policy gradient and a KL penalty, each token.
 
+    ``reduction="mean"`` of ``linear_loss`` weighs all counted tokens alike: with l[i, t] the loss of token t of
+    sequence i, and n[i] the number of its counted tokens, it is the sum of all l[i, t] over the sum of all n[i]. The
+    paper weighs sequences alike, by the mean over i of (sum over t of l[i, t]) / n[i]. Of B sequences of S tokens::
+
+        counts = labels != -100                                                        # [B, S]
+        weights = counts / counts.sum(-1, keepdim=True).clamp(min=1) / len(labels)     # 1 / (n[i] B)
+        loss, kl, clipped = linear_loss(
+            hidden, weight, labels, advantages, old, reference, loss=grpo, mask=counts, reduction="none"
+        )
+        value = (weights * loss).sum()
+
     Args:
         logits: [C, V], the policy's.
-        labels: [C], int64 in [0, V): the tokens that were sampled.
+        labels: [C], int64 in [0, V), the tokens that were sampled, or ``ignore_index`` (prompts, padding).
         advantages: [C], float32: each token's sequence's advantage within its group.
         old_log_probs: [C], float32: of the labels under the policy that sampled them.
         reference_log_probs: [C], float32: of the labels under the reference model.
@@ -125,18 +157,22 @@ def grpo(
         clip_high: ... and above ``1 + clip_high``.
         beta: Weight of the KL penalty, ``exp(r) - r - 1`` with r the log-ratio of reference to policy.
         temperature: Of the softmax, that of sampling.
+        ignore_index: Label of tokens that do not count.
 
     Returns:
-        The loss [C]; and as metrics without gradient the KL estimate [C] and whether the ratio was clipped [C].
+        The loss [C]; and as metrics without gradient the KL estimate [C] and whether the ratio was clipped [C]. All are
+        0 where the label is ``ignore_index``, whatever else is given for that token.
     """
-    log_p = token_log_probs(logits, labels, temperature=temperature)
+    log_p = token_log_probs(logits, labels, temperature=temperature, ignore_index=ignore_index)
     ratio = (log_p - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     reference = reference_log_probs - log_p
     kl = reference.exp() - reference - 1
     was_clipped = (clipped * advantages < ratio * advantages).to(kl.dtype)
-    return beta * kl - gain, kl.detach(), was_clipped.detach()
+    ignored = labels == ignore_index
+    loss, kl, was_clipped = (torch.where(ignored, 0.0, each) for each in (beta * kl - gain, kl, was_clipped))
+    return loss, kl.detach(), was_clipped.detach()
 
 
 def dpo(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qlora.modules import losses
+from lightning_qlora.modules import loss_gradient, losses
 from lightning_qlora.modules.linear_loss import CHUNK_BUDGET_BYTES, auto_chunk_tokens, linear_loss
+from lightning_qlora.modules.linear_loss_chunks import add_product_in_slices
 from lightning_qlora.modules.linear_loss_ops import plan_number
 from lightning_qlora.modules.loss_gradient import Settings
 
@@ -165,6 +167,45 @@ def test_micro_batches_with_one_denominator_equal_the_whole_batch() -> None:
     assert_same_gradients(value, expected, [hidden, weight])
 
 
+@pytest.mark.parametrize("denominator", [torch.tensor(0), torch.tensor(0.0)])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_no_token_on_any_rank_gives_zero_not_nan(denominator: Tensor, dynamic: bool | None) -> None:
+    hidden, weight, _, labels = make()
+    none = torch.zeros(20, dtype=torch.bool)
+
+    def mean(hidden: Tensor, weight: Tensor, denominator: Tensor) -> Tensor:
+        return linear_loss(  # type: ignore[no-any-return]
+            hidden, weight, labels, loss=losses.cross_entropy, mask=none, denominator=denominator
+        )
+
+    for function in (mean, torch.compile(mean, backend="aot_eager", fullgraph=True, dynamic=dynamic)):
+        value = function(hidden, weight, denominator)
+        assert value == 0
+        assert all(not g.any() for g in torch.autograd.grad(value, (hidden, weight)))
+    assert denominator == 0  # the caller's own
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_ignore_index_makes_the_mean_torchs(known: bool, masked: bool) -> None:
+    hidden, weight, _, labels = make()
+    labels[3:9] = -100
+    mask = torch.arange(20) < 17 if masked else None
+    value = linear_loss(
+        hidden, weight, labels, loss=losses.cross_entropy, ignore_index=-100, mask=mask,
+        num_tokens=(11 if masked else 14) if known else None, chunk_tokens=4,
+    )  # fmt: skip
+    expected = F.cross_entropy(hidden @ weight.T, labels if mask is None else labels.where(mask, -100))
+    assert_same_gradients(value, expected, [hidden, weight])
+
+
+def test_ignore_index_works_with_any_loss_of_labels() -> None:
+    hidden, weight, _, labels = make()
+    labels[5:] = 15  # torch would refuse it
+    value = linear_loss(hidden.view(4, 5, 6), weight, labels.view(4, 5), loss=total, ignore_index=15, chunk_tokens=2)
+    assert_same_gradients(value, F.cross_entropy(hidden[:5] @ weight.T, labels[:5]), [hidden, weight])
+
+
 def test_leading_shape_and_wide_per_token_tensors() -> None:
     hidden, weight, _, _ = make(t=24)
     teacher = torch.randn(2, 3, 4, 15, dtype=DOUBLE)
@@ -240,6 +281,23 @@ def test_bfloat16_sum_of_the_weight_gradient_is_less_exact_but_right() -> None:
         value = linear_loss(hidden, weight, labels, loss=losses.cross_entropy, weight_grad_dtype=kept, chunk_tokens=20)
         errors.append(float((torch.autograd.grad(value, weight)[0] - truth).norm() / truth.norm()))
     assert errors[0] < errors[1] < 0.03
+
+
+@pytest.mark.parametrize("size", [1.0, 3e4])  # sums of float16 products of the larger one overflow
+def test_float16_products_in_slices_are_as_exact_as_plain_ones(size: float) -> None:
+    """What GPUs without a 16-bit product of float32 results (below capability 8.0) do, here on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    total, logits_grad, x = (torch.randn(*shape, generator=generator) for shape in ((50, 32), (200, 50), (200, 32)))
+    logits_grad, x = (logits_grad.softmax(-1) * 64).half(), (x.abs() * size / x.abs().max()).half()
+    true = total.double() + logits_grad.double().t() @ x.double()
+    ours = total.clone()
+    add_product_in_slices(ours, logits_grad, x, rows_at_a_time=16)  # 50 rows: the last slice is short
+    plain = total + (logits_grad.t() @ x).float()
+    assert plain.isfinite().all() == (size == 1)
+    if size > 1:  # smaller by a power of two: the same bits, but no overflow
+        plain = total + (logits_grad.t() @ (x / 4096)).float() * 4096
+    assert (ours - true).norm() <= 1.5 * (plain - true).norm()
+    assert (ours - true).norm() <= 1e-3 * true.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -344,6 +402,60 @@ def test_inside_torch_compile_a_closure_is_refused() -> None:
         torch.compile(step, backend="eager", fullgraph=True)(hidden, weight, labels, loss)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inside_torch_compile_the_size_of_chunks_may_be_an_argument(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    loss = functools.partial(linear_loss, hidden, weight, labels, loss=losses.cross_entropy)
+    compiled = torch.compile(lambda size: loss(chunk_tokens=size), backend="eager", fullgraph=True, dynamic=dynamic)
+    for size in (4, 5, "auto", 21):
+        torch.testing.assert_close(compiled(size), loss(chunk_tokens=size))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_inside_torch_compile_a_partial_may_hold_tensors(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+
+    def distill(hidden: Tensor, weight: Tensor, teacher: Tensor, loss: Any) -> Tensor:
+        return linear_loss(hidden.tanh(), weight, teacher, loss=loss, chunk_tokens=8)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(distill, backend=counter, fullgraph=True, dynamic=dynamic)
+    inductor = torch.compile(distill, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    heads = []
+    for length in (20, 33, 9):
+        hidden, weight, _, _ = make(t=length, dtype=torch.float32)
+        teacher, head = torch.randn(length, 4), torch.randn(15, 4)  # another head in each step: none may be stale
+        loss = functools.partial(losses.kl_divergence_from_hidden, teacher_weight=head)
+        for tensor in (hidden, teacher):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for function in (compiled, inductor):
+            expected = distill(hidden, weight, teacher, loss)
+            assert_same_gradients(function(hidden, weight, teacher, loss), expected, [hidden, weight])
+        heads.append(weakref.ref(head))
+    assert counter.frame_count == 1
+    del head, loss, expected
+    torch.compiler.reset()  # guards may refer to it
+    assert [head() for head in heads] == [None, None, None]  # nothing else keeps them
+
+
+def scaled_by(first: Any, logits: Tensor, labels: Tensor, *, factors: Any = (1.0,)) -> Tensor:
+    return first * factors[0] * losses.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [functools.partial(scaled_by, torch.ones(1)), functools.partial(scaled_by, 1.0, factors=[torch.ones(1)])],
+    ids=["positional", "in a list"],
+)
+def test_inside_torch_compile_tensors_elsewhere_in_a_partial_are_refused(loss: Any) -> None:
+    torch.compiler.reset()
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    assert step(hidden, weight, labels, loss) > 0
+    with pytest.raises(Exception, match=r"must be a keyword argument of its functools\.partial"):
+        torch.compile(step, backend="eager", fullgraph=True)(hidden, weight, labels, loss)
+
+
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (False, False, False)])
 def test_operators(wanted: tuple[bool, bool, bool]) -> None:
     hidden, weight, bias, labels = (tensor.detach() for tensor in make(dtype=torch.float32))
@@ -374,6 +486,167 @@ def test_a_loss_is_probed_once_for_all_settings() -> None:
     for chunk_tokens in (20, 10):
         linear_loss(hidden, weight, labels, loss=loss, chunk_tokens=chunk_tokens, check_finite=chunk_tokens == 10)
     assert calls == [2, 1, 1, 20, 10, 10]  # two tokens together, each apart, then the chunks
+
+
+class Weighted:
+    """Cross-entropy as an object: how it reduces, and what a schedule changes."""
+
+    def __init__(self, reduction: str, weight: Any = 1.0, calls: list[int] | None = None) -> None:
+        self.reduction, self.weight, self.calls = reduction, weight, calls
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.calls is not None:
+            self.calls.append(len(logits))
+        return self.weight * F.cross_entropy(logits, labels, reduction=self.reduction)
+
+
+class Wrapper(torch.nn.Module):
+    """A module with the loss in a module of its own."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.inner = torch.nn.CrossEntropyLoss(reduction=reduction)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.inner(logits, labels)  # type: ignore[no-any-return]
+
+
+def closure(reduction: str) -> Callable[..., Tensor]:
+    return lambda logits, labels: F.cross_entropy(logits, labels, reduction=reduction)
+
+
+def closure_of_settings(reduction: str) -> Callable[..., Tensor]:
+    settings: dict[str, Any] = {"options": (1, reduction)}
+    return lambda logits, labels: F.cross_entropy(logits, labels, reduction=settings["options"][1])
+
+
+def closure_of_object(reduction: str) -> Callable[..., Tensor]:
+    loss = Weighted(reduction)
+    return lambda logits, labels: loss(logits, labels)
+
+
+def default_argument(reduction: str) -> Callable[..., Tensor]:
+    return lambda logits, labels, how=reduction: F.cross_entropy(logits, labels, reduction=how)
+
+
+MADE_WITH_A_REDUCTION = {
+    "partial": lambda reduction: functools.partial(F.cross_entropy, reduction=reduction),
+    "closure": closure,
+    "closure of settings": closure_of_settings,
+    "closure of an object": closure_of_object,
+    "default argument": default_argument,
+    "object": Weighted,
+    "bound method": lambda reduction: Weighted(reduction).__call__,
+    "module": lambda reduction: torch.nn.CrossEntropyLoss(reduction=reduction),
+    "module of a module": Wrapper,
+    "partial of a closure": lambda reduction: functools.partial(closure(reduction)),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_WITH_A_REDUCTION)
+def test_a_loss_is_probed_for_each_of_its_settings(kind: str) -> None:
+    make_loss: Any = MADE_WITH_A_REDUCTION[kind]
+    hidden, weight, _, labels = make(t=9)
+    run = functools.partial(linear_loss, hidden, weight, labels, chunk_tokens=4)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(run(loss=make_loss("sum")), expected.mean())
+    with pytest.raises(ValueError, match="must be the sum over tokens, not their mean"):
+        run(loss=make_loss("mean"))
+    torch.testing.assert_close(run(loss=make_loss("none"), reduction="none"), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_setting_may_change_the_number_of_results(compiled: bool) -> None:
+    hidden, weight, _, labels = make(t=9, dtype=torch.float32)
+
+    def of(metrics: bool) -> Callable[..., Any]:
+        def loss(logits: Tensor, labels: Tensor) -> Any:
+            value = losses.cross_entropy(logits, labels)
+            return (value, value.detach()) if metrics else value
+
+        return loss
+
+    options: dict[str, Any] = {"chunk_tokens": 4, "compile_loss": compiled}
+    both = linear_loss(hidden, weight, labels, loss=of(True), **options)
+    torch.testing.assert_close(linear_loss(hidden, weight, labels, loss=of(False), **options), both[0])
+    assert both[0] == both[1]
+
+
+def test_floats_and_tensors_of_a_schedule_do_not_probe_again() -> None:
+    hidden, weight, _, labels = make()
+    calls: list[int] = []
+
+    def loss(logits: Tensor, labels: Tensor, *, factor: Any) -> Tensor:
+        calls.append(len(logits))
+        return factor * losses.cross_entropy(logits, labels)
+
+    def of(factor: Any) -> Callable[..., Tensor]:
+        return lambda logits, labels: loss(logits, labels, factor=factor)
+
+    values = (0.5, 2.0), (torch.tensor(0.5), torch.tensor(2.0))
+    for made in (lambda f: functools.partial(loss, factor=f), of, lambda f: Weighted("sum", f, calls)):
+        for pair in values:
+            found = []
+            for factor in pair:
+                calls.clear()
+                found.append(linear_loss(hidden, weight, labels, loss=made(factor)))
+            assert calls == [20]  # the first may have been probed, the second was not
+            torch.testing.assert_close(found[1], 4 * found[0])
+
+
+def test_what_is_remembered_of_a_loss_keeps_no_tensor() -> None:
+    hidden, weight, _, _ = make()
+    head = torch.randn(15, 4, dtype=DOUBLE)
+    loss = functools.partial(losses.kl_divergence_from_hidden, teacher_weight=head)
+    assert linear_loss(hidden, weight, torch.randn(20, 4, dtype=DOUBLE), loss=loss) > 0
+    reference = weakref.ref(head)
+    del head, loss
+    assert reference() is None
+
+
+def test_settings_that_never_stay_the_same_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_gradient, "_PROBED", {})
+    monkeypatch.setattr(loss_gradient, "_MOST_PROBED", 4)
+    hidden, weight, _, labels = make()
+    for count in range(7):
+        loss = functools.partial(losses.cross_entropy, label_smoothing=count)
+        assert linear_loss(hidden, weight, labels, loss=loss).isfinite()
+    assert len(loss_gradient._PROBED) == 4
+
+
+def test_a_function_that_encloses_itself_is_no_endless_loop() -> None:
+    hidden, weight, _, labels = make()
+
+    def loss(logits: Tensor, labels: Tensor, again: bool = True) -> Tensor:
+        return loss(logits, labels, again=False) if again else losses.cross_entropy(logits, labels)
+
+    assert linear_loss(hidden, weight, labels, loss=loss) > 0
+
+
+GLOBAL = {"returns": "sum"}
+
+
+def by_a_global(logits: Tensor, labels: Tensor) -> Any:
+    each = logits.float().square().sum(-1)
+    return {"sum": each.sum(), "each": each, "both": (each.sum(), each.sum())}[GLOBAL["returns"]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_changed_global_shows_where_the_results_differ_in_number_or_shape(
+    compiled: bool, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, _, labels = make(t=9, dtype=torch.float32)
+    hidden.requires_grad_(learns)
+    weight.requires_grad_(False)
+    run = functools.partial(
+        linear_loss, hidden, weight, labels, loss=by_a_global, reduction="sum", chunk_tokens=9, compile_loss=compiled
+    )
+    assert run() > 0
+    for returns, shapes in (("each", r"\[\(9,\)\]"), ("both", r"\[\(\), \(\)\]")):
+        monkeypatch.setitem(GLOBAL, "returns", returns)
+        with pytest.raises(ValueError, match=rf"loss by_a_global returned results of shape {shapes} for 9 tokens"):
+            run()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -605,7 +878,17 @@ def test_two_closures_of_one_code_are_told_apart() -> None:
         ({"mask": torch.ones(20)}, r"mask must be bool .* got torch.float32 \(20,\)"),
         ({"mask": torch.ones(20, dtype=torch.bool), "num_tokens": 19}, "num_tokens is 19, but the mask selects 20"),
         ({"num_tokens": 20}, "pass mask too"),
-        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1 or 'auto', got 0"),
+        *(
+            ({"chunk_tokens": wrong}, rf"chunk_tokens must be at least 1 or 'auto', got {wrong!r}\. Tokens are")
+            for wrong in (0, 2.5, True, "auto ")
+        ),
+        *(({"denominator": wrong}, f"denominator must be above 0, got {wrong}") for wrong in (0, -2.0, float("nan"))),
+        ({"ignore_index": -100, "labels": torch.zeros(20)}, r"must be of integers \(20,\), but it is torch.float32"),
+        ({"ignore_index": -100, "labels": torch.ones(20, 2).long()}, r"but it is torch.int64 \(20, 2\)"),
+        ({"weight": torch.zeros(15, 6, dtype=DOUBLE, device="meta")}, "weight is on meta, but hidden on cpu"),
+        ({"bias": torch.zeros(15, dtype=DOUBLE, device="meta")}, "bias is on meta"),
+        ({"labels": torch.zeros(20, device="meta").long()}, "per-token tensor 0 is on meta"),
+        ({"mask": torch.ones(20, device="meta").bool()}, "mask is on meta"),
         ({"reduction": "max"}, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
         ({"reduction": "sum", "denominator": 3}, "with 'sum' nothing is divided"),
         ({"weight_grad_dtype": torch.float16}, "float16 would overflow"),
@@ -618,6 +901,12 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
     weight, labels = arguments.pop("weight"), arguments.pop("labels")
     with pytest.raises(ValueError, match=message):
         linear_loss(hidden, weight, labels, **arguments)
+
+
+def test_ignore_index_without_a_per_token_tensor_is_refused() -> None:
+    hidden, weight, _, _ = make()
+    with pytest.raises(ValueError, match=r"but there is none\. Pass the labels first"):
+        linear_loss(hidden, weight, loss=lambda x: x.logsumexp(-1), ignore_index=-100)
 
 
 @pytest.mark.usefixtures("one_process_group")

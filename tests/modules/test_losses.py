@@ -104,7 +104,12 @@ def test_softmax_is_in_float32(loss: Any, dtype: torch.dtype) -> None:
     torch.testing.assert_close(value.double(), loss(logits.double(), LABELS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.focal, losses.token_log_probs])
+def grpo_of(logits: Tensor, labels: Tensor) -> Tensor:
+    others = torch.ones_like(labels, dtype=DOUBLE)
+    return losses.grpo(logits, labels, others, -others, -others)[0]
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.focal, losses.token_log_probs, grpo_of])
 @pytest.mark.parametrize("wrong", [-1, V])
 def test_a_label_outside_the_vocabulary_shows(loss: Any, wrong: int) -> None:
     labels = torch.tensor([1, wrong, -100, 2])
@@ -141,6 +146,50 @@ def test_grpo_metrics() -> None:
     assert clipped.tolist() == [1, 0, 0]  # a higher ratio of a worse than average token is not clipped
     assert not kl.requires_grad
     assert not clipped.requires_grad
+
+
+def test_grpo_of_an_ignored_label_is_zero_whatever_else_is_given() -> None:
+    logits = draw(3, 4).requires_grad_()
+    old = torch.tensor([-1.0, -900.0, torch.nan], dtype=DOUBLE)  # exp(900) is infinite
+    labels = torch.tensor([1, -100, -100])
+    results = losses.grpo(logits, labels, torch.ones(3), old, -old)
+    assert all(not result[1:].any() and result[0].isfinite() for result in results)
+    alone = losses.grpo(logits[:1], labels[:1], torch.ones(1), old[:1], -old[:1])
+    torch.testing.assert_close([result[:1] for result in results], list(alone))
+    (gradient,) = torch.autograd.grad(results[0].sum(), logits)
+    assert gradient[0].any()
+    assert not gradient[1:].any()
+    other = losses.grpo(logits, torch.where(labels == -100, 3, labels), torch.ones(3), old, -old, ignore_index=3)
+    torch.testing.assert_close(other, results)
+
+
+def test_grpo_with_the_mean_of_each_sequence_as_its_docstring_says() -> None:
+    hidden, weight = HIDDEN.view(6, 5, H).clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    labels, tensors = LABELS.view(6, 5).clone(), [t.view(6, 5) for t in (ADVANTAGES, OLD, REFERENCE)]
+    for i in range(6):
+        labels[i, i:] = -100  # the first has none that counts
+    counts = labels != -100
+    weights = counts / counts.sum(-1, keepdim=True).clamp(min=1) / len(labels)
+    loss, *_ = linear_loss(
+        hidden, weight, labels, *tensors, loss=losses.grpo, mask=counts, reduction="none", chunk_tokens=4
+    )
+    value = (weights * loss).sum()
+    each = plain_grpo((hidden @ weight.T).view(T, V)).view(6, 5)
+    expected = torch.stack([each[i, :i].mean() for i in range(1, 6)]).sum() / 6
+    torch.testing.assert_close(value, expected)
+    learned = (hidden, weight)
+    torch.testing.assert_close(torch.autograd.grad(value, learned), torch.autograd.grad(expected, learned))
+
+
+def test_a_teacher_that_does_not_fit_is_refused() -> None:
+    for teacher in (draw(T, V + 1), draw(T, 1)):  # one column would be broadcast
+        with pytest.raises(ValueError, match=rf"teacher's vocabulary has {teacher.shape[1]} tokens, the student's {V}"):
+            linear_loss(HIDDEN, WEIGHT, teacher, loss=losses.kl_divergence)
+    loss = partial(losses.kl_divergence_from_hidden, teacher_weight=draw(V + 1, 6))
+    with pytest.raises(ValueError, match=rf"teacher's vocabulary has {V + 1} tokens"):
+        linear_loss(HIDDEN, WEIGHT, draw(T, 6), loss=loss)
+    with pytest.raises(ValueError, match=rf"teacher_hidden \(2, 5\) does not fit teacher_weight \({V + 1}, 6\)"):
+        linear_loss(HIDDEN, WEIGHT, draw(T, 5), loss=loss)
 
 
 @pytest.mark.parametrize("train_weight", [False, True])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,46 @@ def test_without_a_directory_both_kinds_of_model_start_from_the_same_weights(
     ids = torch.randint(256, (3, 2, 10), generator=torch.Generator().manual_seed(0))
     found = [recipe.finetune(kind, None, ids, "cpu") for kind in (LlamaForCausalLM, QLoRALlamaForCausalLM)]
     assert_same_losses(*(run["losses"] for run in found))
+
+
+@pytest.mark.parametrize(
+    ("figures", "plain", "chunked", "wrong"),
+    [
+        ([9e-6, 0.0, 0.0], [5.0, 4.0], [5.00004, 4.00007], None),  # 0.8e-5 and, in step 2, 1.75e-5
+        ([0.0, 0.0, 2e-5], [5.0, 4.0], [5.0, 4.0], "focal"),
+        ([float("nan"), 0.0, 0.0], [5.0, 4.0], [5.0, 4.0], "focal"),
+        ([0.0, 0.0, 0.0], [5.0, 4.0], [5.00006, 4.0], "step 1"),
+        ([0.0, 0.0, 0.0], [5.0, 4.0], [5.0, float("nan")], "step 2"),
+        ([2e-5, 0.0, 0.0], [5.0, 4.0], [5.0, 4.1], "focal, step 2"),
+    ],
+)
+def test_exits_with_1_if_more_than_rounding_differs(
+    figures: list[float], plain: list[float], chunked: list[float], wrong: str | None, recipe: ModuleType,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    def finetune(kind: Any, *_: Any) -> dict[str, Any]:
+        return {"losses": chunked if kind is QLoRALlamaForCausalLM else plain, "peak_mib": 1.0}
+
+    monkeypatch.setattr(recipe, "differences", lambda _: {"cross-entropy": [0.0, 0.0, 0.0], "focal": figures})
+    monkeypatch.setattr(recipe, "finetune", finetune)
+    monkeypatch.setattr(recipe, "loss_memory", lambda *_: 1.0)
+    monkeypatch.setattr(recipe, "resolve_model", lambda _: None)
+    monkeypatch.setattr(recipe, "default_precision", lambda: "32-true")
+    if wrong is None:
+        recipe.main(max_steps=2, output_dir=tmp_path)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            recipe.main(max_steps=2, output_dir=tmp_path)
+        # A text is what Python prints on stderr, and exits with 1.
+        assert stop.value.code == f"error: what differs from plain torch by more than rounding: {wrong}"
+    assert (tmp_path / "report.json").exists()  # in any case
+
+
+def test_logits_off_by_a_thousandth_are_more_than_rounding(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = recipe.linear_loss
+    monkeypatch.setattr(recipe, "linear_loss", lambda hidden, *a, **k: right(1.001 * hidden, *a, **k))
+    for figures in recipe.differences("cpu").values():
+        assert min(figures) > recipe.TOLERANCES["32-true"]
 
 
 @pytest.mark.parametrize("flags", [{"seq_len": 1}, {"most_tokens": 7}, {"max_steps": -1}, {"batch_size": 0}])
