@@ -273,3 +273,29 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts):
     t4_memory = import_module("t4_memory")
     with pytest.raises(RuntimeError, match="batch_size must be at least 1"):
         t4_memory.measure(t4_memory.Configuration("tiny", batch_size=0), "32-true", capped=False)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_packing_records_what_the_recipe_measured_if_it_ended_well(scripts, tmp_path, monkeypatch, status):
+    packing = import_module("packing")
+    report = {
+        "tokens_of_samples": [7, 5, 9], "precision": "bf16-mixed", "runs": [{"run": "padded 3", "tokens/s": 2.5}],
+        "attention_alone": [{"row": 8, "attention": "flex", "ms": 0.25}],
+    }  # fmt: skip
+
+    def recipe(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[1].endswith("packing_flex.py")
+        assert command[-2:] == ["--max_steps", "2"]
+        (Path(command[command.index("--output_dir") + 1]) / "report.json").write_text(json.dumps(report))
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(packing.subprocess, "run", recipe)
+    monkeypatch.setattr(sys, "argv", ["packing.py", "--results", str(tmp_path), "--commit", "c", "--max_steps", "2"])
+    assert packing.main() == status
+    if status:
+        assert not list(tmp_path.iterdir())
+        return
+    training, attention = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("packing", "attention"))
+    assert (training["columns"], training["rows"]) == (["run", "tokens/s"], [["padded 3", 2.5]])
+    assert training["notes"].startswith("Samples of 5 to 9 tokens")
+    assert (attention["columns"], attention["rows"]) == (["row", "attention", "ms"], [[8, "flex", 0.25]])
