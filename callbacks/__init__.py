@@ -1,4 +1,20 @@
-"""Lightning callbacks that work with any LightningModule."""
+"""Lightning callbacks that work with any LightningModule: reports, checkpoints, and a clean end at Ctrl-C.
+
+All reports of a project of your own, whose module logs ``train_loss`` and compiles parts of itself::
+
+    import lightning.pytorch as pl
+    from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
+
+
+    def train(module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        compiled = CompileReport(max_graphs=5)  # a graph break ends the run, and names its line
+        run = RunReport("run/report.json")  # and run/report.html, with what the others found
+        trainer = pl.Trainer(max_steps=100, callbacks=[compiled, MemoryReport(), ThroughputReport(), run])
+        trainer.fit(module, data)  # prints their tables at the end
+        print(compiled.report_section()["graphs"], "graphs")
+
+Tokens are counted in ``batch["input_ids"]``; for other batches pass ``tokens_fn``.
+"""
 
 from lightning_qlora.callbacks.adapter import SaveAdapter
 from lightning_qlora.callbacks.answers import CompareAnswers

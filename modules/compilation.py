@@ -1,4 +1,4 @@
-"""``torch.compile`` for parts of a model: one graph a part, whatever the batch size and the sequence length.
+"""``torch.compile`` for parts of a model: a graph a part for all lengths and batch sizes above 1, and one for 1.
 
 A *region* is a module that is compiled in place, as one graph or not at all (``fullgraph=True``). What surrounds the
 regions, FSDP2's hooks and Lightning's own code included, stays Python; and regions of one kind (the decoder layers of a
@@ -38,11 +38,12 @@ def check_compile_mode(mode: str) -> CompileMode:
 def compile_region(
     module: nn.Module, mode: CompileMode = "default", *, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile ``module`` in place as one graph that holds for any B and S. Call it before ``fully_shard``.
+    """Compile ``module`` in place, without graph breaks and for any S. Call it before ``fully_shard``.
 
     The first argument of ``module`` is a tensor. Floating-point arguments [B, S, ...] may vary in all dimensions but
-    the last, masks (4 dimensions) and integers in all; a dimension of size 1 stays 1. So there is one graph for B > 1
-    and one for B = 1, with gradients and without, for each set of arguments that are given and their dtypes.
+    the last, masks (4 dimensions) and integers in all; a dimension of size 1 stays 1. So there is one graph for all
+    B > 1 and one for B = 1, and as many again where no gradients are computed, for each set of arguments that are given
+    and their dtypes.
 
     Args:
         module: Not one of torch's own classes, whose ``forward`` torch.compile leaves alone without a word.

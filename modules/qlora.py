@@ -7,6 +7,7 @@ on each rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -196,11 +197,14 @@ class QLoRALlama(L.LightningModule):
 
         Four a frozen weight (no gradient of its own), six a trained one, and attention without regard to causality.
         """
-        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
-        weights = sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
         config = self._model.config
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-        return float(weights + attention)
+        return float(self._flops_of_weights + attention)
+
+    @functools.cached_property
+    def _flops_of_weights(self) -> int:  # walking through all modules takes milliseconds, in every micro-batch
+        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        return sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
 
     @property
     def _model(self) -> QLoRALlamaForCausalLM:
