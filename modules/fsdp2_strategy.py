@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_qlora.modules.checkpointing import TrainedCheckpoints
+from lightning_qlora.modules.host_grad_scaler import HostGradScaler
 from lightning_qlora.modules.nf4_linear import check_mixed_precision_policy
 from lightning_qlora.modules.processes import DEFAULT_TIMEOUT, WatchedProcesses, precision_plugin
 
@@ -105,6 +106,9 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
             # Offloaded parameters are reduced (gradient norm, checkpoints) where they rest, on the CPU.
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if self.root_device.type == "cuda" and self.cpu_offload and scaler is not None:
+            self.precision_plugin.scaler = HostGradScaler.like(scaler)  # type: ignore[attr-defined]
         self._mesh = self.device_mesh["data_parallel"]
         if self.shard_size not in (None, self.world_size):
             shape = (self.world_size // self.shard_size, self.shard_size)

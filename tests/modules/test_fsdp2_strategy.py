@@ -351,7 +351,8 @@ class Project(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net = make_net()
+            with torch.device("cpu"):  # some strategies make the GPU the default, which draws other random numbers
+                self.net = make_net()
             if not self.forget_to_shard:
                 self.trainer.strategy.shard(self.net, [[self.net[0]], [self.net[1]]])
 

@@ -237,11 +237,12 @@ def test_a_gpu_keeps_no_layer_input(tmp_path, backend):
             ids = token_ids(*shape).cuda()
             torch.cuda.reset_peak_memory_stats()
             in_use = torch.cuda.memory_allocated()
-            with torch.autocast("cuda", torch.float16), sdpa_kernel(SDPBackend.MATH):  # repeatable
-                loss = model(ids, labels=ids, num_loss_tokens=ids[:, 1:].numel()).loss
-            left.append(torch.cuda.memory_allocated() - in_use)
-            peaks.append(torch.cuda.max_memory_allocated() - in_use)
-            loss.backward()
+            with sdpa_kernel(SDPBackend.MATH):  # repeatable
+                with torch.autocast("cuda", torch.float16):
+                    loss = model(ids, labels=ids, num_loss_tokens=ids[:, 1:].numel()).loss
+                left.append(torch.cuda.memory_allocated() - in_use)
+                peaks.append(torch.cuda.max_memory_allocated() - in_use)
+                loss.backward()
             results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
             model.zero_grad()
         del model, loss
