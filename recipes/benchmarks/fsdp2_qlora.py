@@ -57,28 +57,35 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     precisions = ["32-true", "16-mixed", "bf16-mixed"] if gpus else ["32-true"]
     runs = [(devices, precision) for precision in precisions for devices in (1, 2) if not gpus or devices <= gpus]
+    reports: dict[tuple[int, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(arguments.at_once) as pool:
         futures = [pool.submit(run, *each, arguments.steps, arguments.batch, Path(directory), extra) for each in runs]
-        reports = {each: future.result() for each, future in zip(runs, futures, strict=True)}
+        for each, future in zip(runs, futures, strict=True):
+            reports[each] = future.result()
+            path = record(reports, arguments)  # of those so far: the rest may be stopped
+            print(*each, f"last loss {reports[each]['losses'][-1]:.4f}", flush=True)
+    print(path.read_text())
+
+
+def record(reports: dict[tuple[int, str], dict[str, Any]], arguments: argparse.Namespace) -> Path:
+    """Record the reports of (devices, precision), of which those of one device come first in each precision."""
 
     def difference(losses: list[float], precision: str) -> float:
         return max(abs(a - b) for a, b in zip(losses, reports[1, precision]["losses"], strict=True))
 
-    rows = []
-    for (devices, precision), report in reports.items():
-        losses = report["losses"]
-        rows.append(
-            [
-                devices,
-                precision,
-                losses[0],
-                losses[-1],
-                difference(losses, precision),
-                difference(losses, "32-true"),
-                ", ".join(f"{gib:.2f}" for gib in report["peak_memory_gib"]),
-            ]
-        )
-    path = save_record(
+    rows = [
+        [
+            devices,
+            precision,
+            report["losses"][0],
+            report["losses"][-1],
+            difference(report["losses"], precision),
+            difference(report["losses"], "32-true"),
+            ", ".join(f"{gib:.2f}" for gib in report["peak_memory_gib"]),
+        ]
+        for (devices, precision), report in reports.items()
+    ]
+    return save_record(
         "fsdp2_qlora",
         COLUMNS,
         rows,
@@ -87,7 +94,6 @@ def main() -> None:
         commit=arguments.commit,
         losses={f"{devices}x {precision}": report["losses"] for (devices, precision), report in reports.items()},
     )
-    print(path.read_text())
 
 
 if __name__ == "__main__":

@@ -107,23 +107,24 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
     capability = torch.cuda.get_device_capability() if gpus else None
     for shape in dict.fromkeys(configuration.shape for configuration in configurations):
         checkpoint_of(shape)
-    with ThreadPoolExecutor(at_once) as pool:
-        runs = list(pool.map(lambda configuration: measure(configuration, precision, gpus > 0), configurations))
     rows = []
-    for configuration, figures in zip(configurations, runs, strict=True):
-        peaks = [max(figures[f"train_{kind}_gib"]) if figures else "does not fit" for kind in ("allocated", "reserved")]
-        c = configuration
-        shown = [flag for flag in c.flags() if not flag.startswith(("--batch_size", "--seq_len", "--lora_r"))]
-        size = f"{c.batch_size} x {c.seq_len}"
-        rows.append([c.shape, c.lora_r, size, " ".join(shown), c.planned_gib(precision, capability), *peaks])
-    path = save_record(
-        "t4_memory",
-        COLUMNS,
-        rows,
-        notes=f"Two GPUs, {precision}, activation checkpointing; at most {CAP_GIB} GiB may be reserved on each.",
-        directory=results,
-        commit=commit,
-    )
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = pool.map(lambda configuration: measure(configuration, precision, gpus > 0), configurations)
+        for c, figures in zip(configurations, runs, strict=True):
+            peaks = [
+                max(figures[f"train_{kind}_gib"]) if figures else "does not fit" for kind in ("allocated", "reserved")
+            ]
+            shown = [flag for flag in c.flags() if not flag.startswith(("--batch_size", "--seq_len", "--lora_r"))]
+            size = f"{c.batch_size} x {c.seq_len}"
+            rows.append([c.shape, c.lora_r, size, " ".join(shown), c.planned_gib(precision, capability), *peaks])
+            path = save_record(  # of those so far: the rest may be stopped
+                "t4_memory",
+                COLUMNS,
+                rows,
+                notes=f"Two GPUs, {precision}, activation checkpointing; at most {CAP_GIB} GiB may be reserved on each.",
+                directory=results,
+                commit=commit,
+            )
     print(path.read_text())
     return 0
 
