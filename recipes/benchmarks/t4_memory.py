@@ -108,6 +108,7 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
     for shape in dict.fromkeys(configuration.shape for configuration in configurations):
         checkpoint_of(shape)
     rows = []
+    notes = f"Two GPUs, {precision}, activation checkpointing; at most {CAP_GIB} GiB may be reserved on each."
     with ThreadPoolExecutor(at_once) as pool:
         runs = pool.map(lambda configuration: measure(configuration, precision, gpus > 0), configurations)
         for c, figures in zip(configurations, runs, strict=True):
@@ -121,7 +122,7 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
                 "t4_memory",
                 COLUMNS,
                 rows,
-                notes=f"Two GPUs, {precision}, activation checkpointing; at most {CAP_GIB} GiB may be reserved on each.",
+                notes=notes,
                 directory=results,
                 commit=commit,
             )
