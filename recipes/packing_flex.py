@@ -5,15 +5,15 @@ r"""Train the same samples padded and packed, with each attention that runs here
 
 Every run trains on the same samples in the same steps, so all losses must agree. Padded, each sample is a row as long
 as the longest of its micro-batch: all samples of a step in one, which fills a GPU as packing does, and a few at a time.
-Packed, they fill rows of each sequence length. Samples are the demo data's, of 62 to 156 tokens, 86 on average: a row
-of 2048 holds 23. Speed counts their tokens, not the padding. Each run is a process of its own, named by the samples of
-a micro-batch if padded, else by attention and tokens of a row. Then one layer's attention by itself, forward and
-backward: causal over whole rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
+Packed, they fill rows of each sequence length. Samples are the demo data's, of 62 to 156 tokens, 86 on average. Speed
+counts their tokens, not the padding. Each run is a process of its own, named by the samples of a micro-batch if padded,
+else by attention and tokens of a row. Then one layer's attention by itself, forward and backward: causal over whole
+rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
 
 On 2 idle CPU cores, SmolLM2-135M-Instruct: 200 seconds, 1.9 GiB; of 11 padded rows 24 % is padding, of a packed one
-of 1024 tokens 0.3 %; packing trains 1.3 times as many tokens/s, and losses agree to 7e-7 (relative). On a GPU
-Llama-3.2-1B's shape: of 188 padded rows 33 % is padding. On an H200 that was 28,200 tokens/s and 6.7 GiB, padded 16 at a
-time 4,300, packed into rows of 2048 by flash 41,800 and 4.6 GiB; flex and longer rows are not yet measured.
+of 1024 tokens 0.3 %; packing trains 1.3 times as many tokens/s, and losses agree to 7e-7 (relative). On an H200, with
+Llama-3.2-1B's shape: 188 padded rows, 33 % of them padding, 28,200 tokens/s in 6.7 GiB; 16 of them at a time 4,300;
+packed into rows of 2048, flash, 41,800 in 4.6 GiB. Flex and longer rows are not yet measured.
 """
 
 from __future__ import annotations
