@@ -97,11 +97,7 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
         """
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
-        if self.shard_size is not None and self._data_parallel_size % self.shard_size:
-            raise ValueError(
-                f"shard_size={self.shard_size} does not divide the {self._data_parallel_size} ranks "
-                f"({self.num_nodes} nodes of {self.num_processes}). Choose a divisor, usually the devices of a node."
-            )
+        check_shard_size(self.shard_size, self.num_nodes, self.num_processes)
         if self.root_device.type == "cuda" and self.cpu_offload:
             # Offloaded parameters are reduced (gradient norm, checkpoints) where they rest, on the CPU.
             self._process_group_backend = "cpu:gloo,cuda:nccl"
@@ -195,6 +191,20 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
         finally:
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
+
+
+def check_shard_size(shard_size: int | None, num_nodes: int, devices: int) -> None:
+    """Check that ranks, ``devices`` on each of ``num_nodes``, hold whole copies of ``shard_size`` parts each.
+
+    Raises:
+        ValueError: If ``shard_size`` does not divide the number of ranks.
+    """
+    ranks = num_nodes * devices
+    if shard_size is not None and ranks % shard_size:
+        raise ValueError(
+            f"shard_size={shard_size} does not divide the {ranks} ranks ({num_nodes} nodes of {devices}). Choose a "
+            "divisor, usually the devices of a node."
+        )
 
 
 def _set_prefetch(root: nn.Module, groups: Sequence[Sequence[nn.Module]], ahead: int) -> None:

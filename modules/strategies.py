@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_qlora.modules.checkpointing import TrainedCheckpoints
-from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
+from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy, check_shard_size
 from lightning_qlora.modules.processes import DEFAULT_TIMEOUT, WatchedProcesses, on_device, precision_plugin
 
 StrategyName = Literal["fsdp2", "ddp", "single"]
@@ -89,15 +89,13 @@ def build_strategy(
     ranks = devices * num_nodes
     saving: dict[str, Any] = {"sharded_checkpoints": sharded_checkpoints, "async_save": async_save}
     if name == "fsdp2":
-        if ranks > 1 and shard_size and ranks % shard_size:  # the strategy sees it too, but after the data is loaded
-            raise ValueError(
-                f"shard_size={shard_size} does not divide the {ranks} ranks ({num_nodes} nodes of {devices}). Choose a "
-                "divisor, usually the devices of a node."
-            )
-        return FSDP2Strategy(
+        strategy = FSDP2Strategy(
             precision=precision, cpu_offload=cpu_offload, reshard_after_forward=reshard_after_forward,
             prefetch=prefetch, shard_size=shard_size, timeout=timeout, **saving,
         )  # fmt: skip
+        if ranks > 1:  # given, so check now, before the data is loaded; the strategy does when the Trainer starts
+            check_shard_size(shard_size, num_nodes, devices)
+        return strategy
     if name not in ("ddp", "single"):
         raise ValueError(f"strategy must be 'fsdp2', 'ddp' or 'single', got {name!r}.")
     only_fsdp2 = {
