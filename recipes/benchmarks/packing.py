@@ -1,8 +1,8 @@
-"""Record what ``recipes/packing_flex.py`` measures: the same samples padded and packed, and attention by itself.
+"""Record what ``recipes/packing_flex.py`` measures of training: the same samples padded and packed.
 
     python recipes/benchmarks/packing.py --lengths '[2048, 8192]' --max_steps 6     # the recipe's flags
 
-Results go to ``results/packing.json`` (training) and ``results/attention.json`` (one layer's attention).
+Writes ``results/packing.json``. Attention by itself is what ``packed_attention.py`` records.
 """
 
 from __future__ import annotations
@@ -31,18 +31,15 @@ def main() -> int:
         report = json.loads((Path(directory) / "report.json").read_text())
     counts = report["tokens_of_samples"]
     of_samples = f"Samples of {min(counts)} to {max(counts)} tokens; tokens/s are theirs, without padding."
-    notes = {
-        "packing": f"{of_samples} {report['precision']}, one device, activation checkpointing; equal samples in each "
-        "step. A padded run is named by the samples of a micro-batch, a packed one by its attention and the tokens of "
-        "a row.",
-        "attention": "One layer, forward and backward, without projections; causal over whole rows, the others inside "
-        "the documents of packed rows.",
-    }
-    for name, rows in (("packing", report["runs"]), ("attention", report["attention_alone"])):
-        values = [list(row.values()) for row in rows]
-        save_record(
-            name, list(rows[0]), values, notes=notes[name], directory=arguments.results, commit=arguments.commit
-        )
+    save_record(
+        "packing",
+        list(report["runs"][0]),
+        [list(row.values()) for row in report["runs"]],
+        notes=f"{of_samples} {report['precision']}, one device, activation checkpointing; equal samples in each step. "
+        "A padded run is named by the samples of a micro-batch, a packed one by its attention and the tokens of a row.",
+        directory=arguments.results,
+        commit=arguments.commit,
+    )
     return 0
 
 

@@ -44,10 +44,14 @@ class Configuration:
     offload_activations: bool = False
     offload: bool = False
 
-    def flags(self) -> list[str]:
-        """As the command line has them, those that differ from their defaults."""
-        changed = [field for field in dataclasses.fields(self)[1:] if getattr(self, field.name) != field.default]
-        return [f"--{field.name}={str(getattr(self, field.name)).lower()}" for field in changed]
+    def flags(self) -> dict[str, str]:
+        """Of ``train_step.py``, all of them: its defaults are others."""
+        return {f"--{name}": str(value).lower() for name, value in dataclasses.asdict(self).items()}
+
+    def special_flags(self) -> str:
+        """Those that are neither a size nor at their default."""
+        special = [field for field in dataclasses.fields(self)[4:] if getattr(self, field.name) != field.default]
+        return " ".join(f"--{field.name}={self.flags()[f'--{field.name}']}" for field in special)
 
     def planned_gib(self, precision: str, compute_capability: tuple[int, int] | None) -> float:
         """The peak of the first GPU by ``plan_memory``."""
@@ -78,8 +82,8 @@ def measure(configuration: Configuration, precision: str, capped: bool) -> dict[
     """The figures of one run of ``train_step.py``; ``None`` if it does not fit."""
     with tempfile.TemporaryDirectory() as results:
         command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / "train_step.py"), "--devices=2"]
-        command += [f"--shape={configuration.shape}", f"--seq_len={configuration.seq_len}", f"--precision={precision}"]
-        command += ["--steps=2", "--warmup=1", f"--results={results}", "--commit=-", *configuration.flags()]
+        command += [f"--precision={precision}", "--steps=2", "--warmup=1", f"--results={results}", "--commit=-"]
+        command += [f"{flag}={value}" for flag, value in configuration.flags().items()]
         command += [f"--memory_cap_gib={CAP_GIB}"] if capped else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -115,9 +119,8 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
             peaks = [
                 max(figures[f"train_{kind}_gib"]) if figures else "does not fit" for kind in ("allocated", "reserved")
             ]
-            shown = [flag for flag in c.flags() if not flag.startswith(("--batch_size", "--seq_len", "--lora_r"))]
             size = f"{c.batch_size} x {c.seq_len}"
-            rows.append([c.shape, c.lora_r, size, " ".join(shown), c.planned_gib(precision, capability), *peaks])
+            rows.append([c.shape, c.lora_r, size, c.special_flags(), c.planned_gib(precision, capability), *peaks])
             path = save_record(  # of those so far: the rest may be stopped
                 "t4_memory",
                 COLUMNS,

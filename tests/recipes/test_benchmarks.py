@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -275,13 +276,35 @@ def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts):
         t4_memory.measure(t4_memory.Configuration("tiny", batch_size=0), "32-true", capped=False)
 
 
+def test_a_run_is_told_all_that_its_row_says(scripts, monkeypatch):
+    """train_step.py has other defaults, by which rows of one sample were once measured with two."""
+    t4_memory = import_module("t4_memory")
+    commands: list[list[str]] = []
+
+    def fails(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="torch.OutOfMemoryError")
+
+    monkeypatch.setattr(t4_memory.subprocess, "run", fails)
+    assert t4_memory.measure(t4_memory.Configuration("tiny", offload=True), "32-true", capped=True) is None
+    assert {"--batch_size=1", "--seq_len=2048", "--lora_r=64", "--strategy=fsdp2", "--offload=true"} <= {*commands[0]}
+    known = inspect.signature(import_module("train_step").main).parameters
+    assert {flag.removeprefix("--").partition("=")[0] for flag in commands[0][2:]} <= {*known}
+
+
+def test_attention_by_itself_is_recorded(scripts, tiny_llama_dir, tmp_path):
+    import_module("packed_attention").main(str(tiny_llama_dir), [256], 256, ["sdpa"], tmp_path, "c")
+    record = json.loads((tmp_path / "attention.json").read_text())
+    rows = [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]
+    assert [(row["row"], row["rows"], row["attention"]) for row in rows] == [(256, 1, "causal"), (256, 1, "sdpa")]
+    assert all(row["ms"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("status", [0, 1])
 def test_packing_records_what_the_recipe_measured_if_it_ended_well(scripts, tmp_path, monkeypatch, status):
     packing = import_module("packing")
-    report = {
-        "tokens_of_samples": [7, 5, 9], "precision": "bf16-mixed", "runs": [{"run": "padded 3", "tokens/s": 2.5}],
-        "attention_alone": [{"row": 8, "attention": "flex", "ms": 0.25}],
-    }  # fmt: skip
+    runs = [{"run": "padded 3", "tokens/s": 2.5}]
+    report = {"tokens_of_samples": [7, 5, 9], "precision": "bf16-mixed", "runs": runs}
 
     def recipe(command: list[str], **_: Any) -> SimpleNamespace:
         assert command[1].endswith("packing_flex.py")
@@ -295,7 +318,6 @@ def test_packing_records_what_the_recipe_measured_if_it_ended_well(scripts, tmp_
     if status:
         assert not list(tmp_path.iterdir())
         return
-    training, attention = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("packing", "attention"))
+    training = json.loads((tmp_path / "packing.json").read_text())
     assert (training["columns"], training["rows"]) == (["run", "tokens/s"], [["padded 3", 2.5]])
     assert training["notes"].startswith("Samples of 5 to 9 tokens")
-    assert (attention["columns"], attention["rows"]) == (["row", "attention", "ms"], [[8, "flex", 0.25]])

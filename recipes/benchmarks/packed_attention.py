@@ -1,0 +1,71 @@
+"""Record how fast one layer's attention is: causal over whole rows, and inside the documents of packed rows.
+
+    python recipes/benchmarks/packed_attention.py
+
+Rows are packed with the demo data, as many of each length as hold the tokens of a step. On a GPU these are the heads of
+Llama-3.2-1B, on a CPU those of the demo model. Writes ``results/attention.json``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import torch
+from attention import AttentionName, attentions_here, measure_attention
+from packed_steps import draw_steps, packed_batches, read_samples
+from record import RESULTS, save_record
+from shapes import checkpoint_of
+
+from lightning_qlora.modules.capabilities import check_precision, compute_dtype
+from lightning_qlora.modules.cli import run_recipe
+from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.llama import load_config
+
+
+def main(
+    model: str | None = None,
+    lengths: list[int] | None = None,
+    tokens: int | None = None,
+    attentions: list[AttentionName] | None = None,
+    results: Path = RESULTS,
+    commit: str | None = None,
+) -> None:
+    """Measure, print and record.
+
+    Args:
+        model: Whose heads and tokens; default Llama-3.2-1B's shape on a GPU and the demo model on a CPU.
+        lengths: Of rows; default 2048 and 8192 tokens on a GPU, 256 and 1024 on a CPU.
+        tokens: Of all rows; default 16384 on a GPU and 1024 on a CPU.
+        attentions: What to measure; default all that run here.
+        results: Directory of the record.
+        commit: Of the code measured; read from git unless given.
+    """
+    on_gpu = torch.cuda.is_available()
+    lengths = lengths or ([2048, 8192] if on_gpu else [256, 1024])
+    tokens = tokens or (16384 if on_gpu else 1024)
+    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    dtype = compute_dtype(check_precision("auto"))
+    backends, refused = attentions_here(attentions or get_args(AttentionName), dtype)
+    steps = draw_steps(read_samples(directory), lengths, tokens, 1)
+    rows = []
+    for length in lengths:
+        documents = packed_batches(steps, [length])[0][0]["document_lengths"]
+        found = measure_attention(load_config(directory), documents, backends, dtype)
+        rows += [{"row": length, "rows": len(documents), **each} for each in found]
+    path = save_record(
+        "attention",
+        [*rows[0]],
+        [list(row.values()) for row in rows],
+        notes=f"One layer, forward and backward, {dtype}, without projections; causal over whole rows, the others "
+        "inside the documents of packed rows. On a GPU the time is the device's, without the host's launches.",
+        directory=results,
+        commit=commit,
+        refused=refused,
+    )
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main))
