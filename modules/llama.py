@@ -104,20 +104,27 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
     an 8B model; here the base's result says in what to compute. A and B are converted here, for autocast would keep
     its copies of all layers until the forward is over, 0.3 GiB for 8B and r 64. And peft scales the adapter's output
     [B, S, out], which keeps another tensor of that size in forward and in backward; here the r numbers of a token are
-    scaled.
+    scaled. A single adapter without dropout on a 4-bit base has no output of its own: see :class:`NF4Linear`.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, S, in] -> [B, S, out]."""
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) == 1 and isinstance(self.base_layer, NF4Linear) and not self._drops(names[0]):
+            a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+            return self.base_layer(x, lora=(a, b, self.scaling[names[0]]))  # type: ignore[no-any-return]
         y: Tensor = self.base_layer(x)
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                a, b = (matrix[name].weight.to(y.dtype) for matrix in (self.lora_A, self.lora_B))
-                low = F.linear(self.lora_dropout[name](x.to(y.dtype)), a)
-                y = y + F.linear(low * self.scaling[name], b)
+        for name in names:
+            a, b = (matrix[name].weight.to(y.dtype) for matrix in (self.lora_A, self.lora_B))
+            low = F.linear(self.lora_dropout[name](x.to(y.dtype)), a)
+            y = y + F.linear(low * self.scaling[name], b)
         return y
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 class QLoRALlamaDecoderLayer(LlamaDecoderLayer):

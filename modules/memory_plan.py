@@ -324,7 +324,7 @@ def _working_bytes(s: Settings, layer: _Layer) -> int:
     * Around ``down_proj``, whose input [T, I] is freed: the gradients of that input and of its two factors; or one of
       them and the dequantized weight.
     * At the end of the model, while all layers are kept: the final norm's input and five float32 values of its size.
-    * Compiled: Inductor does not order by memory. Five more values of the largest kind, measured (torch 2.11, 8B).
+    * Compiled: Inductor does not order by memory. One more value of the largest kind, measured (torch 2.11, 8B).
     """
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     wide, narrow = tokens * int(c.intermediate_size), tokens * int(c.hidden_size)
@@ -333,7 +333,7 @@ def _working_bytes(s: Settings, layer: _Layer) -> int:
         needed += value * narrow
     else:
         needed = max(needed + 2 * value * narrow, 6 * 4 * narrow)
-    return needed + (5 * max(wide * value, _dequantized_bytes(s, layer)) if s.compile else 0)
+    return needed + (max(wide * value, _dequantized_bytes(s, layer)) if s.compile else 0)
 
 
 def _dequantized_bytes(s: Settings, layer: _Layer) -> int:
@@ -461,8 +461,8 @@ def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int, 
     if s.config.tie_word_embeddings:  # with the root, which stays gathered; the last layer's arrival is freed after it
         loss["gathered layers"] = loss.get("gathered layers", 0) + arriving
         loss["gathered embeddings"] = backward["gathered embeddings"] = matrix
-    elif s.shards > 1:
-        loss["gathered head"] = 2 * matrix
+    elif s.shards > 1:  # as it arrives, so does the last layer, whose buffer is gone when the loss starts
+        loss["gathered head"] = 2 * matrix + max(0, arriving - loss["loss"])
     else:  # the copy from the host is gone when the loss starts
         loss["gathered head"] = matrix + max(0, matrix - loss["loss"])
     if s.shards > 1:

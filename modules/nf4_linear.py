@@ -25,6 +25,7 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -127,13 +128,37 @@ for _name in ("lightning_qlora::linear_4bit_weight", "lightning_qlora::linear_4b
     torch.library.register_fake(_name, _dequantize_fake)
 
 
+def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """y [..., N] += left [..., r] @ right [r, N], in place; y is contiguous."""
+    rows = y.view(-1, y.shape[-1])
+    torch.addmm(rows, left.reshape(-1, left.shape[-1]), right, out=rows)  # addmm_, but PyTorch knows its FLOPs
+
+
+# Under torch.compile this is an operator too: an addmm would be taken apart, to add where the sum is read, and both
+# products kept until then.
+torch.library.define(
+    "lightning_qlora::add_product_",
+    "(Tensor(a!) y, Tensor left, Tensor right) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("lightning_qlora::add_product_", "default", _add_product)
+torch.library.register_fake("lightning_qlora::add_product_", lambda y, left, right: None)
+
+
 class _Linear4bit(torch.autograd.Function):
-    """x [..., K] @ dequantized(weight).T -> [..., N] in the dtype of x; only packed tensors are kept for backward."""
+    """x [..., K] @ dequantized(weight).T + scaling * x @ a.T @ b.T -> [..., N] in the dtype of x, a and b.
+
+    Without a [r, K] and b [N, r] there is no second product; else it is added in place. Backward, which cannot be
+    differentiated again, needs the packed tensors, and with a and b also x, a, b and x @ a.T [..., r].
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
         weight: Tensor,
         absmax: Tensor,
         code2: Tensor | None,
@@ -144,20 +169,45 @@ class _Linear4bit(torch.autograd.Function):
         nested_blocksize: int,
         quant_type: str,
     ) -> Tensor:
-        ctx.save_for_backward(weight, absmax, code2, absmax2, offset)
         ctx.format = (out_features, x.shape[-1], x.dtype, blocksize, nested_blocksize, quant_type)
-        compiling = torch.compiler.is_compiling()
-        dequantize = torch.ops.lightning_qlora.linear_4bit_weight if compiling else _dequantize
-        return F.linear(x, dequantize(weight, absmax, code2, absmax2, offset, *ctx.format))
+        ctx.scaling = scaling
+        dequantize, add_product = _dequantize, _add_product
+        if torch.compiler.is_compiling():
+            ops = torch.ops.lightning_qlora
+            dequantize, add_product = ops.linear_4bit_weight, ops.add_product_
+        y = F.linear(x, dequantize(weight, absmax, code2, absmax2, offset, *ctx.format))
+        adapter: tuple[Tensor, ...] = ()
+        if a is not None and b is not None:
+            low = F.linear(x, a) * scaling
+            add_product(y, low, b.T)
+            adapter = (x, low, a, b)
+        ctx.save_for_backward(weight, absmax, code2, absmax2, offset, *adapter)
+        return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx = None
-        if ctx.needs_input_grad[0]:
-            compiling = torch.compiler.is_compiling()
-            dequantize = torch.ops.lightning_qlora.linear_4bit_weight_backward if compiling else _dequantize
-            dx = grad @ dequantize(*ctx.saved_tensors, *ctx.format)
-        return (dx, *[None] * 9)
+        saved = ctx.saved_tensors  # read once: an activation checkpoint hands it out once
+        packed, adapter = saved[:5], saved[5:]
+        needs_dx, needs_da, needs_db = ctx.needs_input_grad[:3]
+        dx = da = db = None
+        if adapter:
+            x, low, a, b = adapter
+            if needs_db:
+                db = grad.reshape(-1, grad.shape[-1]).T @ low.reshape(-1, low.shape[-1])
+            if needs_dx or needs_da:
+                dlow = (grad @ b) * ctx.scaling
+            if needs_da:
+                da = dlow.reshape(-1, dlow.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        if needs_dx:
+            dequantize, add_product = _dequantize, _add_product
+            if torch.compiler.is_compiling():
+                ops = torch.ops.lightning_qlora
+                dequantize, add_product = ops.linear_4bit_weight_backward, ops.add_product_
+            dx = grad @ dequantize(*packed, *ctx.format)
+            if adapter:
+                add_product(dx, dlow, a.to(dx.dtype))  # autocast may be on here and have been off in forward
+        return (dx, da, db, *[None] * 10)
 
 
 class NF4Linear(nn.Linear):
@@ -287,8 +337,15 @@ class NF4Linear(nn.Linear):
             self.blocksize, self.nested_blocksize, self.quant_type,
         )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x (under autocast: autocast's dtype)."""
+    def forward(self, x: Tensor, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x (under autocast: autocast's dtype).
+
+        Args:
+            x: The input, of any floating dtype.
+            lora: A [r, K], B [N, r] and a scale: ``scale * x @ A.T @ B.T`` is added in place, so that it needs no
+                tensor of the output's size in forward, and none of the input's in backward. A and B may have any
+                floating dtype; they are converted to the result's, and get gradients.
+        """
         if self.weight.dtype != STORAGE_DTYPE:
             raise ValueError(
                 f"The packed 4-bit weight arrived as {self.weight.dtype}: its bytes were converted as if they were "
@@ -297,9 +354,10 @@ class NF4Linear(nn.Linear):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        a, b, scaling = (None, None, 1.0) if lora is None else (lora[0].to(x.dtype), lora[1].to(x.dtype), lora[2])
         y: Tensor = _Linear4bit.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features, self.blocksize,
-            self.nested_blocksize, self.quant_type,
+            x, a, b, scaling, self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features,
+            self.blocksize, self.nested_blocksize, self.quant_type,
         )  # fmt: skip
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -11,8 +11,8 @@ else by attention and tokens of a row. Then one layer's attention by itself, for
 rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
 
 On 2 idle CPU cores, SmolLM2-135M-Instruct: 200 seconds, 1.9 GiB; packing trains 1.3 times as many tokens/s, and losses
-agree to 7e-7 (relative). On an H200, Llama-3.2-1B's shape: 188 padded rows, 33 % of them padding, 28,200 tokens/s in
-6.7 GiB; 16 of them at a time 4,300; packed into rows of 2048, flash, 41,800 in 4.6 GiB. Flex is not yet measured.
+agree to 7e-7 (relative). On an H200, Llama-3.2-1B's shape: 188 padded rows, 35 % of them padding, 26,400 tokens/s in
+6.7 GiB; 16 of them at a time 7,500; packed into rows of 2048, flash 46,500, flex 44,100, sdpa 15,600 in 4.7 GiB.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_qlora.modules import nf4_linear
 from lightning_qlora.modules.nf4_linear import (
     NF4Linear,
     Quantized4bit,
@@ -141,6 +143,149 @@ def test_the_detector_of_saved_weights_sees_a_dense_one():
     layer = make_layer(160, 128)
     x = torch.randn(2, 128, requires_grad=True)
     assert largest_saved(lambda x: F.linear(x, layer.dequantize()), x) == 4 * 160 * 128
+
+
+# --- with LoRA's product
+
+
+def dense_lora(layer: NF4Linear, x: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """The sum of both products as separate ones in ``dtype``, which autograd differentiates."""
+    x, a, b = (tensor.to(dtype) for tensor in (x, a, b))
+    return F.linear(x, layer.dequantize(dtype)) + F.linear(F.linear(x, a) * scaling, b)
+
+
+def adapter(n: int, k: int, r: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(r, k).div(k**0.5).requires_grad_(), torch.randn(n, r).requires_grad_()
+
+
+LAYOUTS: dict[str, Callable[[int], Tensor]] = {
+    "[B, S, K]": lambda k: torch.randn(3, 5, k),
+    "[T, K]": lambda k: torch.randn(7, k),
+    "[K]": lambda k: torch.randn(k),
+    "one token": lambda k: torch.randn(2, 1, k),
+    "no token": lambda k: torch.randn(2, 0, k),
+    "transposed": lambda k: torch.randn(5, 3, k).transpose(0, 1),
+    "every other": lambda k: torch.randn(3, 5, 2 * k)[..., ::2],
+    "expanded": lambda k: torch.randn(3, 1, k).expand(3, 5, k),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adds_the_product_of_lora(layout, bias):
+    torch.manual_seed(0)
+    n, k = 24, 40
+    layer = make_layer(n, k, bias)
+    x, grad = LAYOUTS[layout](k).requires_grad_(), LAYOUTS[layout](n)
+    a, b = adapter(n, k)
+    y = layer(x, lora=(a, b, 1.7))
+    expected = dense_lora(layer, x, a, b, 1.7, torch.float32) + (layer.bias if bias else 0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6 * float(expected.detach().norm()))
+    for upstream in (grad, grad, 65536 * grad):  # again, of a graph that is kept; and scaled, as for float16
+        found, wanted = (torch.autograd.grad(out, [x, a, b], upstream, retain_graph=True) for out in (y, expected))
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.detach().norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_in_16_bits_the_sum_is_no_less_exact_than_of_separate_products(dtype, mixed):
+    """Against float64, with the same 4-bit weight in 16 bits and the same 16-bit operands."""
+    torch.manual_seed(0)
+    n, k, tokens = 192, 256, 64
+    layer = make_layer(n, k)
+    x = torch.randn(2, tokens, k).to(dtype)
+    a, b = (matrix.detach().to(dtype).float().requires_grad_() for matrix in adapter(n, k, 16))
+    upstream = torch.randn(2, tokens, n).to(dtype)
+
+    def step(function: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        leaf = leaf.clone().requires_grad_()
+        y = function(leaf)
+        return y.detach(), *torch.autograd.grad(y, [leaf, a, b], grad)
+
+    def ours(leaf: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=mixed):
+            return layer(leaf, lora=(a, b, 2.0))
+
+    found = step(ours, x.float() if mixed else x, upstream)
+    assert [tensor.dtype for tensor in found] == [dtype, torch.float32 if mixed else dtype, *[torch.float32] * 2]
+    separate = step(lambda leaf: dense_lora(layer, leaf, a, b, 2.0, dtype), x, upstream)
+    weight = layer.dequantize(dtype).double()
+    exact = step(
+        lambda leaf: leaf @ weight.T + 2.0 * (leaf @ a.double().T) @ b.double().T, x.double(), upstream.double()
+    )
+    for one, other, truth in zip(found, separate, exact, strict=True):
+        errors = [float((result.double() - truth).norm()) for result in (one, other)]
+        assert 0 < errors[0] <= 1.001 * errors[1]
+
+
+def test_autocast_in_backward_alone_is_no_error():
+    layer, (a, b) = make_layer(24, 40), adapter(24, 40)
+    x = torch.randn(3, 40, requires_grad=True)
+    y = layer(x, lora=(a, b, 1.0))
+    expected = torch.autograd.grad(y.sum(), [x, a, b], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), [x, a, b])
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("learns", product((False, True), repeat=3), ids=str)
+def test_only_what_needs_a_gradient_gets_one(learns, monkeypatch):
+    layer = make_layer(24, 40)
+    tensors = [torch.randn(3, 40), *(matrix.detach() for matrix in adapter(24, 40))]
+    for tensor, needs in zip(tensors, learns, strict=True):
+        tensor.requires_grad_(needs)
+    x, a, b = tensors
+    y, expected = layer(x, lora=(a, b, 0.5)), dense_lora(layer, x, a, b, 0.5, torch.float32)
+    assert y.requires_grad == any(learns)
+    if not any(learns):
+        return
+    dequantized = []
+    dequantize = nf4_linear._dequantize
+    monkeypatch.setattr(nf4_linear, "_dequantize", lambda *args: dequantized.append(1) or dequantize(*args))
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    assert len(dequantized) == learns[0]
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), wanted), rtol=1e-5, atol=1e-4)
+
+
+def test_the_sum_may_be_written_to():
+    layer, (a, b) = make_layer(24, 40), adapter(24, 40)
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    y, expected = layer(x, lora=(a, b, 1.0)), dense_lora(layer, x, a, b, 1.0, torch.float32)
+    y.mul_(3)
+    found, wanted = (torch.autograd.grad(out.sum(), [x, a, b]) for out in (y, 3 * expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused():
+    layer, (a, b) = make_layer(24, 40), adapter(24, 40)
+    y = layer(torch.randn(3, 40, requires_grad=True), lora=(a, b, 1.0))
+    (da,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        da.sum().backward()
+
+
+def test_the_flops_of_all_products_are_counted():
+    n, k, r, tokens = 24, 40, 4, 6
+    layer, (a, b) = make_layer(n, k), adapter(n, k, r)
+    x = torch.randn(2, 3, k, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x, lora=(a, b, 1.0)).sum().backward()
+    assert counter.get_total_flops() == 2 * tokens * (2 * n * k + 3 * r * (n + k))
+
+
+def test_the_operator_that_adds_in_place_keeps_the_contract_of_torch_library():
+    for y in (torch.randn(5, 24), torch.randn(2, 5, 24)):
+        left, right = torch.randn(*y.shape[:-1], 4), torch.randn(24, 4).T
+        torch.library.opcheck(torch.ops.lightning_qlora.add_product_.default, (y, left, right))
+
+
+def test_with_lora_autograd_keeps_packed_weights_and_small_tensors_only():
+    n, k, tokens = 160, 128, 100
+    layer, (a, b) = make_layer(n, k), adapter(n, k)
+    x = torch.randn(tokens, k, requires_grad=True)
+    assert largest_saved(lambda x: layer(x, lora=(a, b, 1.0)), x) == 4 * tokens * k  # x: no tensor of the output's size
 
 
 # --- its bytes
