@@ -367,10 +367,9 @@ def test_pinned_memory_is_a_power_of_two():
     assert both.host_bytes == plan_8b(offload=True).host_bytes + 32 * 16 * 2**20
 
 
-def test_a_compiled_layer_needs_more_while_it_runs():
+def test_a_compiled_layer_needs_as_much():
     eager, compiled = plan_8b(checkpoint_activations=True), plan_8b(checkpoint_activations=True, compile=True)
-    assert compiled.moments["backward"]["working memory"] > eager.moments["backward"]["working memory"]
-    assert compiled.moments["loss"] == eager.moments["loss"]
+    assert compiled.moments == eager.moments
 
 
 def test_gradients_stay_unsharded_while_they_accumulate():

@@ -270,6 +270,23 @@ def test_a_configuration_that_does_not_fit_is_a_row_that_says_so(scripts, tmp_pa
     assert large[-3] > 2 * small[-3] > 8  # planned GiB
 
 
+def test_the_plan_is_within_a_tenth_of_every_recorded_peak(scripts):
+    t4_memory = import_module("t4_memory")
+    record = json.loads((BENCHMARKS / "results" / "t4_memory.json").read_text())
+    compared = []
+    for shape, r, size, flags, _, measured, _ in record["rows"]:
+        batch_size, seq_len = map(int, size.split(" x "))
+        special = dict(flag.removeprefix("--").split("=") for flag in flags.split())
+        values = {name: value == "true" if value in ("true", "false") else value for name, value in special.items()}
+        row = t4_memory.Configuration(shape, batch_size, seq_len, r, **values)
+        if measured == "does not fit":
+            assert row.planned_gib("16-mixed", (9, 0)) > 0.9 * t4_memory.CAP_GIB
+        else:
+            compared.append(row)
+            assert row.planned_gib("16-mixed", (9, 0)) == pytest.approx(measured, rel=0.1)
+    assert len(compared) > 5
+
+
 def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts):
     t4_memory = import_module("t4_memory")
     with pytest.raises(RuntimeError, match="batch_size must be at least 1"):
