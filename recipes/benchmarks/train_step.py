@@ -450,7 +450,7 @@ def record_run(
     notes = "Random weights; tokens/s of all devices together; the host's peak is above what it had before."
     save = functools.partial(save_record, "train_step", COLUMNS, notes=notes, directory=directory, commit=commit)
     now = json.loads(save([row], runs={label: figures}).read_text())
-    if before and all(before[key] == now[key] for key in ("device", "versions", "commit")):
+    if before and _origin(before) == _origin(now):
         others = [old for old in before["rows"] if old[: len(settings)] != settings]
         save([*others, row], runs=before["runs"] | {label: figures})
     elif before:
@@ -459,6 +459,11 @@ def record_run(
         print(profile)
         slug = re.sub(r"[^\w.]+", "-", label)
         (directory / f"train_step-{slug}.profile.txt").write_text(f"{label}\n{profile}\n")
+
+
+def _origin(record: dict[str, Any]) -> list[Any]:
+    """What rows of one record share: not how many of the machine's GPUs were visible."""
+    return [re.sub(r"\b\d+x ", "", record["device"]), record["versions"], record["commit"]]
 
 
 if __name__ == "__main__":

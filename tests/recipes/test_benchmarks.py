@@ -253,6 +253,21 @@ def test_the_device_is_busy_once_where_kernels_overlap(train_step, monkeypatch):
     assert [row.split() for row in rows] == [["6.000", "2", "a"], ["5.000", "2", "b"]]
 
 
+def test_rows_of_some_of_a_machines_gpus_stay_in_its_record(scripts, tmp_path, monkeypatch):
+    train_step, record = import_module("train_step"), import_module("record")
+    figures: dict[str, Any] = {"tokens_per_s": 1.0, "step_ms": {"p50": 1.0}}
+    figures |= dict.fromkeys(("train_allocated_gib", "load_allocated_gib", "load_s", "load_host_gib"), [1.0])
+
+    def rows_after(device: str, what: str) -> list[str]:
+        monkeypatch.setattr(record, "_device", lambda: device)
+        train_step.record_run([what, "tiny", "32-true", 1, "1 x 8", 4], figures, tmp_path, "c", None)
+        return [row[0] for row in json.loads((tmp_path / "train_step.json").read_text())["rows"]]
+
+    assert rows_after("1x NVIDIA H200", "single") == ["single"]
+    assert rows_after("2x NVIDIA H200", "fsdp2") == ["single", "fsdp2"]
+    assert rows_after("2x Tesla T4", "fsdp2") == ["fsdp2"]
+
+
 # --- what fits a T4
 
 
