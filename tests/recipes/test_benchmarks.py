@@ -256,7 +256,7 @@ def test_the_device_is_busy_once_where_kernels_overlap(train_step, monkeypatch):
 def test_rows_of_some_of_a_machines_gpus_stay_in_its_record(scripts, tmp_path, monkeypatch):
     train_step, record = import_module("train_step"), import_module("record")
     figures: dict[str, Any] = {"tokens_per_s": 1.0, "step_ms": {"p50": 1.0}}
-    figures |= dict.fromkeys(("train_allocated_gib", "load_allocated_gib", "load_s", "load_host_gib"), [1.0])
+    figures |= {key: [1.0] for key in ("train_allocated_gib", "load_allocated_gib", "load_s", "load_host_gib")}
 
     def rows_after(device: str, what: str) -> list[str]:
         monkeypatch.setattr(record, "_device", lambda: device)
