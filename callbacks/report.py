@@ -1,5 +1,6 @@
 """`report.json` and `report.html`: what a run was, its losses, how fast it went and how much memory it took."""
 
+import functools
 import json
 import math
 import os
@@ -417,6 +418,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
+@functools.cache  # reading the packages' metadata was half of a report's writing
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
