@@ -28,7 +28,7 @@ from typing import Any, Literal, cast, get_args
 import lightning.pytorch as L
 import torch
 from benchmarks.attention import AttentionName, attentions_here, measure_attention
-from benchmarks.packed_steps import draw_steps, packed_batches, padded_batches, read_samples, token_counts
+from benchmarks.packed_steps import check_rows, draw_steps, packed_batches, padded_batches, read_samples, token_counts
 from benchmarks.shapes import checkpoint_of
 from torch.utils.data import DataLoader
 
@@ -136,12 +136,8 @@ def main(
     usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
     directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
     samples = read_samples(directory)
+    check_rows(samples, lengths, tokens)
     counts = token_counts(samples)
-    if not max(counts) <= lengths[0] <= lengths[-1] <= tokens:
-        raise ValueError(
-            f"--lengths are {lengths}, but must be at least {max(counts)}, for the longest sample, and at most "
-            f"--tokens={tokens}."
-        )
     steps = draw_steps(samples, lengths, tokens, max_steps)
     if run is not None:
         attention, rows = cast(tuple[Any, str], run.split())

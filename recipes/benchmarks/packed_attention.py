@@ -14,7 +14,7 @@ from typing import get_args
 
 import torch
 from attention import AttentionName, attentions_here, measure_attention
-from packed_steps import draw_steps, packed_batches, read_samples
+from packed_steps import check_rows, draw_steps, packed_batches, read_samples
 from record import RESULTS, save_record
 from shapes import checkpoint_of
 
@@ -44,11 +44,13 @@ def main(
     """
     on_gpu = torch.cuda.is_available()
     lengths = lengths or ([2048, 8192] if on_gpu else [256, 1024])
-    tokens = tokens or (16384 if on_gpu else 1024)
+    tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
     directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
     dtype = compute_dtype(check_precision("auto"))
     backends, refused = attentions_here(attentions or get_args(AttentionName), dtype)
-    steps = draw_steps(read_samples(directory), lengths, tokens, 1)
+    samples = read_samples(directory)
+    check_rows(samples, lengths, tokens)
+    steps = draw_steps(samples, lengths, tokens, 1)
     rows = []
     for length in lengths:
         documents = packed_batches(steps, [length])[0][0]["document_lengths"]

@@ -50,6 +50,20 @@ def token_counts(samples: list[Sample]) -> list[int]:
     return [len(sample["input_ids"]) for sample in samples]
 
 
+def check_rows(samples: list[Sample], lengths: list[int], tokens: int) -> None:
+    """Check that rows of each of ``lengths`` hold every sample, and steps of ``tokens`` such rows.
+
+    Raises:
+        ValueError: If not, in terms of the flags ``--lengths`` and ``--tokens``.
+    """
+    longest = max(token_counts(samples))
+    if not longest <= min(lengths) <= max(lengths) <= tokens:
+        raise ValueError(
+            f"--lengths are {lengths}, but must be at least {longest}, for the longest sample, and at most "
+            f"--tokens={tokens}."
+        )
+
+
 def draw_steps(samples: list[Sample], lengths: list[int], tokens: int, steps: int) -> list[list[Sample]]:
     """Samples of each step in random order, as many as fit into ``tokens // length`` rows of each of the lengths."""
     order = itertools.cycle(random.Random(0).sample(samples, len(samples)))

@@ -44,14 +44,14 @@ class Configuration:
     offload_activations: bool = False
     offload: bool = False
 
-    def flags(self) -> dict[str, str]:
+    def flags(self) -> list[str]:
         """Of ``train_step.py``, all of them: its defaults are others."""
-        return {f"--{name}": str(value).lower() for name, value in dataclasses.asdict(self).items()}
+        return [f"--{name}={str(value).lower()}" for name, value in dataclasses.asdict(self).items()]
 
     def special_flags(self) -> str:
         """Those that are neither a size nor at their default."""
-        special = [field for field in dataclasses.fields(self)[4:] if getattr(self, field.name) != field.default]
-        return " ".join(f"--{field.name}={self.flags()[f'--{field.name}']}" for field in special)
+        plain = Configuration(self.shape, self.batch_size, self.seq_len, self.lora_r).flags()
+        return " ".join(flag for flag in self.flags() if flag not in plain)
 
     def planned_gib(self, precision: str, compute_capability: tuple[int, int] | None) -> float:
         """The peak of the first GPU by ``plan_memory``."""
@@ -83,7 +83,7 @@ def measure(configuration: Configuration, precision: str, capped: bool) -> dict[
     with tempfile.TemporaryDirectory() as results:
         command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / "train_step.py"), "--devices=2"]
         command += [f"--precision={precision}", "--steps=2", "--warmup=1", f"--results={results}", "--commit=-"]
-        command += [f"{flag}={value}" for flag, value in configuration.flags().items()]
+        command += configuration.flags()
         command += [f"--memory_cap_gib={CAP_GIB}"] if capped else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

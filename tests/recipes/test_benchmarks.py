@@ -325,11 +325,17 @@ def test_a_run_is_told_all_that_its_row_says(scripts, monkeypatch):
 
 
 def test_attention_by_itself_is_recorded(scripts, tiny_llama_dir, tmp_path):
-    import_module("packed_attention").main(str(tiny_llama_dir), [256], 256, ["sdpa"], tmp_path, "c")
+    import_module("packed_attention").main(str(tiny_llama_dir), [512], 512, ["sdpa"], tmp_path, "c")
     record = json.loads((tmp_path / "attention.json").read_text())
     rows = [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]
-    assert [(row["row"], row["rows"], row["attention"]) for row in rows] == [(256, 1, "causal"), (256, 1, "sdpa")]
+    assert [(row["row"], row["rows"], row["attention"]) for row in rows] == [(512, 1, "causal"), (512, 1, "sdpa")]
     assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(512, 256), (8, 512), (512, 0)])
+def test_rows_that_hold_no_sample_or_more_than_a_step_are_refused(scripts, tiny_llama_dir, tmp_path, length, tokens):
+    with pytest.raises(ValueError, match="for the longest sample, and at most"):
+        import_module("packed_attention").main(str(tiny_llama_dir), [length], tokens, ["sdpa"], tmp_path, "c")
 
 
 @pytest.mark.parametrize("status", [0, 1])
