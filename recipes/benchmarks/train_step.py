@@ -16,6 +16,7 @@ ends of two steps, with the device synchronized; warm-up steps, where compilatio
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import json
@@ -48,7 +49,7 @@ from lightning_qlora.modules.capabilities import check_devices, check_precision,
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.llama import default_lora
-from lightning_qlora.modules.processes import gather_objects, is_distributed
+from lightning_qlora.modules.processes import end_process_group, gather_objects, is_distributed
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.strategies import StrategyName, build_strategy
 
@@ -370,6 +371,7 @@ def train_peer(
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(end_process_group)
     meter.begin(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"

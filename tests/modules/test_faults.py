@@ -28,6 +28,7 @@ from lightning_qlora.callbacks import StepCheckpoint
 from lightning_qlora.modules.checkpointing import read_checkpoint
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
 from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.processes import end_process_group
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.strategies import build_strategy
 from tests.distributed import RankPools, groups
@@ -403,3 +404,19 @@ def test_a_rank_that_no_collective_tells_of_a_death_ends_too(tmp_path: Path, kil
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, text
     assert re.search(said, text), text
+
+
+# ------------------------------------------------------------------------------------------------- the process's end
+
+
+def gloo_threads() -> int:
+    return sum(name.read_text().startswith("pt_gloo_runloop") for name in Path("/proc/self/task").glob("*/comm"))
+
+
+def test_no_thread_of_gloo_lives_on_to_abort_the_ending_process() -> None:
+    others = gloo_threads()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert gloo_threads() > others
+    end_process_group()
+    assert gloo_threads() == others
+    end_process_group()  # nothing to end
