@@ -185,6 +185,10 @@ def linear_loss(
             a function without a closure, or a functools.partial of one (with dynamic=True, of no numbers), whose
             tensors are keyword arguments. Tensors that it encloses get no gradient.
 
+            In float16 a token's derivative by a logit must stay below 64, for it is held times 1024 whatever the loss
+            scale: cross-entropy's is at most 1, but a sharp temperature or a large z-loss or squared error may exceed
+            it, and the gradient is then infinite in every step. Divide such a loss, and multiply the result.
+
             It is tried first on two made-up tokens: random logits, integers (labels) 0, booleans True, other numbers
             from 0 to 1. A loss that asserts something of its inputs must let those pass. It is tried again when a
             setting changes: None, bool, int, str or dtype in a partial, a closure, default arguments or an object's

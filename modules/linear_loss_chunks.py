@@ -109,9 +109,8 @@ def _initial(plan: Plan, inputs: Inputs, wanted: Wanted, *, some_rows_only: bool
     hidden, weight, kind = inputs.hidden, inputs.weight, plan.settings.result_dtype
     fill = torch.zeros_like if some_rows_only or not hidden.shape[0] else torch.empty_like
     hidden_grad = fill(hidden) if wanted.hidden else hidden.new_empty(0)
-    weight_grad = (
-        torch.zeros_like(weight, dtype=plan.settings.weight_grad_dtype) if wanted.weight else weight.new_empty(0)
-    )
+    # Row by row in memory, however the weight lies (a transposed parameter): scaled_gradient() asks for that.
+    weight_grad = weight.new_zeros(weight.shape if wanted.weight else 0, dtype=plan.settings.weight_grad_dtype)
     bias_grad = weight.new_zeros(weight.shape[0] if wanted.bias else 0, dtype=kind)
     shapes = [hidden.shape[:1] if kept else () for kept in plan.returns.per_token]
     results = [torch.zeros(shape, dtype=kind, device=hidden.device) for shape in shapes]
@@ -216,8 +215,8 @@ def _raise_not_finite(inputs: Inputs) -> NoReturn:
 def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """``gradient * factor`` (0-dim, or one value a row) in ``dtype``, multiplied in float32 a slice at a time.
 
-    In place, a narrower ``dtype`` goes to the front of the same memory: a row is written where only rows that have been
-    read before it lay. The memory stays whole, but float32 sum and 16-bit gradient never exist side by side.
+    In place, a narrower ``dtype`` goes to the front of the same memory, which is contiguous then: a row is written where
+    only rows that have been read before it lay. The memory stays whole, but float32 sum and 16-bit gradient never exist side by side.
     """
     factor = factor if gradient.dtype == torch.float64 else factor.float()
     factor = factor.reshape(-1, *[1] * (gradient.ndim - 1)) if factor.ndim else factor

@@ -150,7 +150,7 @@ def _linear_loss_fake(*arguments: Any) -> tuple[Any, ...]:
     return (
         [hidden.new_empty(shape, dtype=settings.result_dtype) for shape in shapes],
         torch.empty_like(hidden) if wanted.hidden else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=settings.weight_grad_dtype) if wanted.weight else weight.new_empty(0),
+        weight.new_empty(weight.shape if wanted.weight else 0, dtype=settings.weight_grad_dtype),
         weight.new_empty(weight.shape[0] if wanted.bias else 0, dtype=settings.result_dtype),
     )
 

@@ -272,6 +272,21 @@ def test_16_bit_errors_are_not_larger_than_plain_torchs(dtype: torch.dtype, redu
         assert (mine - true).norm() <= 1.5 * (other - true).norm()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_transposed_weight_learns_as_any_other(dtype: torch.dtype, compiled: bool) -> None:
+    hidden, weight, _, labels = make(t=20, h=4, v=5000, dtype=dtype)  # its sum of gradients is narrowed in slices
+    turned = weight.detach().t().contiguous().requires_grad_()
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_loss(hidden, weight, labels, loss=losses.cross_entropy)  # type: ignore[no-any-return]
+
+    of_turned = torch.compile(value, backend="aot_eager", fullgraph=True) if compiled else value
+    (truth,) = torch.autograd.grad(value(hidden, weight), weight)
+    (gradient,) = torch.autograd.grad(of_turned(hidden, turned.t()), turned)
+    assert torch.equal(gradient.t(), truth)
+
+
 def test_bfloat16_sum_of_the_weight_gradient_is_less_exact_but_right() -> None:
     hidden, weight, _, labels = make(t=200, h=32, v=50, dtype=torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
