@@ -102,7 +102,15 @@ class TrainedCheckpoints(Strategy):
         """Optimizer state on CPU under parameter names, full (rank 0) or in shards. All ranks must call it."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # unwrap LightningOptimizer
         options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
-        return dict(get_optimizer_state_dict(self._module, optimizer, options=options))
+        has_stepped = bool(optimizer.state)
+        state = dict(get_optimizer_state_dict(self._module, optimizer, options=options))
+        if not has_stepped:
+            # The state was made by a step without gradients, which changes nothing but the number of steps, and by it
+            # the bias correction of all later ones.
+            optimizer.state.clear()
+            for of_parameter in state.get("state", {}).values():
+                of_parameter |= {key: 0 * value for key, value in of_parameter.items() if key == "step"}
+        return state
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

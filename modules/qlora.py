@@ -214,6 +214,10 @@ class QLoRALlama(L.LightningModule):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Forget micro-batches of a step that an earlier ``fit`` did not finish: their gradients are gone too."""
+        self._pending.clear()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, micro-batch, rank), so that a resumed run repeats the first one's."""
         if self.lora.lora_dropout > 0:
@@ -238,7 +242,7 @@ class QLoRALlama(L.LightningModule):
             self._refuse_step(local)
         # Undone here: the divisor, Lightning's division by the accumulation, and the strategy's mean over ranks.
         scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
-        scale_(gradients(self._trained()), scale)
+        scale_(gradients(optimizer), scale)
         self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
 
@@ -253,7 +257,7 @@ class QLoRALlama(L.LightningModule):
         Raises:
             FloatingPointError: On all ranks, if the norm is not finite and no loss scaler skips the step.
         """
-        trained = gradients(self._trained())
+        trained = gradients(optimizer)
         norm = global_norm(trained)
         self.log("grad_norm", norm)
         # The device is idle here, for the loss has just been read: this costs no more than its own latency.
@@ -293,6 +297,10 @@ class QLoRALlama(L.LightningModule):
             raise FloatingPointError(f"{what} {_UNHARMED}")
         rank_zero_warn(f"{what} All ranks skip this step.")
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget batches of a validation that was interrupted."""
+        self._val.clear()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Collect the batch's loss sum and token count."""
         self._val.append((self._loss_sum(batch), batch["num_loss_tokens"]))
@@ -305,7 +313,7 @@ class QLoRALlama(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the adapters, with a schedule by step."""
-        trained = self._trained()
+        trained = [p for p in self.parameters() if p.requires_grad]
         missing = [n for n, p in self.named_parameters() if p.requires_grad != ("lora_" in n)]
         assert not missing, f"requires_grad is wrong for {missing[:3]}"
         optimizer = ShardAdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -338,9 +346,6 @@ class QLoRALlama(L.LightningModule):
         parts.clear()
         loss, total = all_reduce_sum([loss, tokens], self.device)
         return loss, int(total)
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
 
     # --- in and out --------------------------------------------------------------------------------------------------
 

@@ -339,6 +339,33 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         assert checkpoint["optimizer_states"][0]["state"]["net.1.weight"]["step"] == step
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_before_the_first_step_changes_no_later_one(
+    ranks: RankPools, tmp_path: Path, sharded: bool
+) -> None:
+    """Such is one of 16-mixed while the loss scaler still skips steps. Adam would count a step that was none."""
+    (weights, counted), *_ = ranks.run(2, "cpu", save_before_the_first_step, tmp_path / "a.ckpt", sharded)
+    plain, *_ = ranks.run(2, "cpu", train_and_return_weights, None)
+    resumed, *_ = ranks.run(2, "cpu", train_and_return_weights, tmp_path / "a.ckpt")
+    assert counted == 3
+    assert torch.equal(weights, plain)
+    assert torch.equal(resumed, plain)
+
+
+def save_before_the_first_step(path: Path, sharded: bool) -> tuple[Tensor, float]:
+    class Save(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(path)
+
+    trainer = fit(FSDP2Strategy(sharded_checkpoints=sharded), 3, Save())
+    (state, *_) = trainer.optimizers[0].state.values()
+    return trainer.lightning_module.weights(), float(state["step"])
+
+
+def train_and_return_weights(resume: Path | None) -> Tensor:
+    return fit(FSDP2Strategy(), 3, resume=resume).lightning_module.weights()
+
+
 def test_an_exception_in_training_does_not_lose_the_checkpoint_before_it(tmp_path: Path) -> None:
     class Fail(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

@@ -47,10 +47,10 @@ def check_steps(device: str, mesh_shape: tuple[int, ...]) -> None:
     for step in range(4):
         for mine, other, value in zip(ours[:-1], theirs[:-1], values(step + 1), strict=False):
             mine.grad, other.grad = shard(value), value
-        norm = global_norm(gradients(ours))
+        norm = global_norm(gradients(optimizer))
         assert not isinstance(norm, DTensor)
-        scale_(gradients(ours), 3.0)
-        scale_(gradients(ours), 1 / (3 * norm))
+        scale_(gradients(optimizer), 3.0)
+        scale_(gradients(optimizer), 1 / (3 * norm))
         expected = nn.utils.clip_grad_norm_(theirs, 1e-12)
         torch.testing.assert_close(norm.cpu(), expected)
         for parameter in theirs[:-1]:
@@ -97,8 +97,22 @@ def test_plain_parameters_need_no_process_group() -> None:
         return float(loss)
 
     assert optimizer.step(closure) == 1.0
-    assert global_norm(gradients([parameter])) == 3.0
+    assert global_norm(gradients(optimizer)) == 3.0
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.5, 1.5, 0.5]))
+
+
+def test_steps_are_counted_whatever_the_default_dtype() -> None:
+    """bfloat16 counts to 256; Lightning's ``bf16-true`` makes it the default while it calls a user's step."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = ShardAdamW([parameter])
+    parameter.grad = torch.ones(3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(258):
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[parameter]["step"] == 258
 
 
 def test_a_state_of_adamw_loads_and_the_other_way_round() -> None:

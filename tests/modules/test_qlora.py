@@ -167,6 +167,32 @@ def test_accumulated_micro_batches_are_one_big_batch(strategy, trainer, tiny_lla
             torch.testing.assert_close(record.gradients[name], gradient * factor, rtol=1e-5, atol=1e-6)
 
 
+def test_micro_batches_of_a_step_that_was_interrupted_count_in_no_other(trainer, tiny_llama_dir, adapter):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            raise KeyError("in the middle of a step")
+
+        on_validation_batch_end = on_train_batch_end
+
+    def train(module: QLoRALlama) -> tuple[Record, float]:
+        record = Record()
+        fit = trainer(accumulate_grad_batches=2, callbacks=[record], check_val_every_n_epoch=1)
+        fit.fit(module, loader(*UNEQUAL), loader(UNEQUAL[0]))
+        return record, float(fit.callback_metrics["val_loss"])
+
+    fresh, used = (QLoRALlama(tiny_llama_dir, default_lora(4), init_adapter=adapter) for _ in range(2))
+    with pytest.raises(KeyError, match="middle"):
+        trainer(accumulate_grad_batches=2, callbacks=[Stop()]).fit(used, loader(*UNEQUAL[::-1]))
+    with pytest.raises(KeyError, match="middle"):
+        trainer(callbacks=[Stop()]).validate(used, loader(*UNEQUAL[::-1]))
+    assert used._pending
+    assert used._val
+    (first, val_loss), (second, other_val_loss) = train(fresh), train(used)
+    assert second.losses == first.losses
+    assert second.norms == first.norms
+    assert other_val_loss == val_loss
+
+
 def pack(documents: list[dict[str, Any]], rows: list[list[int]]) -> dict[str, Any]:
     """Rows of the documents (of one sample each) with these numbers."""
 
