@@ -103,7 +103,7 @@ class TrainedCheckpoints(Strategy):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # unwrap LightningOptimizer
         options = StateDictOptions(full_state_dict=not self.sharded_checkpoints, cpu_offload=True)
         has_stepped = bool(optimizer.state)
-        state = dict(get_optimizer_state_dict(self._module, optimizer, options=options))
+        state: dict[str, Any] = dict(get_optimizer_state_dict(self._module, optimizer, options=options))
         if not has_stepped:
             # The state was made by a step without gradients, which changes nothing but the number of steps, and by it
             # the bias correction of all later ones.

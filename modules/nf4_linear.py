@@ -149,7 +149,7 @@ class _Linear4bit(torch.autograd.Function):
     """x [..., K] @ dequantized(weight).T + scaling * x @ a.T @ b.T -> [..., N] in the dtype of x, a and b.
 
     Without a [r, K] and b [N, r] there is no second product; else it is added in place. Backward, which cannot be
-    differentiated again, needs the packed tensors, and with a and b also x, a, b and x @ a.T [..., r].
+    differentiated again, needs the packed tensors, and with a and b also a, b, x @ a.T [..., r] and, if a learns, x.
     """
 
     @staticmethod
@@ -176,11 +176,11 @@ class _Linear4bit(torch.autograd.Function):
             ops = torch.ops.lightning_qlora
             dequantize, add_product = ops.linear_4bit_weight, ops.add_product_
         y = F.linear(x, dequantize(weight, absmax, code2, absmax2, offset, *ctx.format))
-        adapter: tuple[Tensor, ...] = ()
+        adapter: tuple[Tensor | None, ...] = ()
         if a is not None and b is not None:
             low = F.linear(x, a) * scaling
             add_product(y, low, b.T)
-            adapter = (x, low, a, b)
+            adapter = (x if ctx.needs_input_grad[1] else None, low, a, b)
         ctx.save_for_backward(weight, absmax, code2, absmax2, offset, *adapter)
         return y
 
@@ -221,8 +221,7 @@ class NF4Linear(nn.Linear):
         absmax: with double quantization float32 [ceil(B / 4)], the bytes of the quantized absmax; else float32 [B].
             Its sharding is independent of the weight's rows, so blocks may cross rows.
         code2, absmax2, offset: float32 [256], [ceil(B / nested_blocksize)] and 0-dim buffers (double quantization
-        only),
-            small and replicated.
+            only), small and replicated.
         bias: [N] or ``None``.
 
     Raises:
@@ -341,10 +340,13 @@ class NF4Linear(nn.Linear):
         """x [..., K] -> [..., N] in the dtype of x (under autocast: autocast's dtype).
 
         Args:
-            x: The input, of any floating dtype.
+            x: The input, float16, bfloat16 or float32.
             lora: A [r, K], B [N, r] and a scale: ``scale * x @ A.T @ B.T`` is added in place, so that it needs no
                 tensor of the output's size in forward, and none of the input's in backward. A and B may have any
                 floating dtype; they are converted to the result's, and get gradients.
+
+        Raises:
+            ValueError: If A and B do not fit the layer, or the weight's bytes were converted as numbers.
         """
         if self.weight.dtype != STORAGE_DTYPE:
             raise ValueError(
@@ -354,7 +356,17 @@ class NF4Linear(nn.Linear):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        a, b, scaling = (None, None, 1.0) if lora is None else (lora[0].to(x.dtype), lora[1].to(x.dtype), lora[2])
+        a = b = None
+        scaling = 1.0
+        if lora is not None:
+            a, b, scaling = lora[0].to(x.dtype), lora[1].to(x.dtype), lora[2]
+            # Asked here, for a product that is added in place would make the sum as large as itself.
+            if a.shape[1] != self.in_features or b.shape != (self.out_features, a.shape[0]):
+                raise ValueError(
+                    f"A {tuple(a.shape)} and B {tuple(b.shape)} of lora do not fit a layer of {self.in_features} to "
+                    f"{self.out_features} features: they must be [r, {self.in_features}] and [{self.out_features}, r]. "
+                    "A shard of either must be gathered first."
+                )
         y: Tensor = _Linear4bit.apply(  # type: ignore[no-untyped-call]
             x, a, b, scaling, self.weight, self.absmax, self.code2, self.absmax2, self.offset, self.out_features,
             self.blocksize, self.nested_blocksize, self.quant_type,
@@ -431,17 +443,35 @@ def quantize_linears(module: nn.Module, *, skip: tuple[str, ...] = ("lm_head",),
         module: Any module on a real device; layers on the meta device become empty 4-bit layers.
         skip: Last name components of layers to leave alone.
         quantization: ``nested``, ``blocksize``, ``quant_type`` of :class:`NF4Linear`.
+
+    Raises:
+        ValueError: Before any layer is replaced, if one cannot be, or ``module`` is itself the layer.
     """
-    for name, child in list(module.named_modules()):
-        if type(child) is not nn.Linear or name.rpartition(".")[2] in skip:
-            continue
-        if child.weight.is_meta:
+    linears = [
+        (name, child)
+        for name, child in module.named_modules(remove_duplicate=False)  # a layer in two places stays one layer
+        if type(child) is nn.Linear and name.rpartition(".")[2] not in skip
+    ]
+    for name, child in linears:
+        if child is module:
+            raise ValueError("module is a linear layer, which is replaced in its parent: use NF4Linear.from_linear().")
+        if child.in_features % (2 * _BYTES):
+            raise ValueError(
+                f"{name} has {child.in_features} input features, not a multiple of {2 * _BYTES} as 4-bit rows need. "
+                f"Leave it as it is: skip={(*skip, name.rpartition('.')[2])}."
+            )
+    replaced: dict[nn.Module, NF4Linear] = {}
+    for name, child in linears:
+        if child in replaced:
+            new = replaced[child]
+        elif child.weight.is_meta:
             new = NF4Linear(child.in_features, child.out_features, child.bias is not None, device="meta",
                             dtype=child.weight.dtype, **quantization)  # fmt: skip
         else:
             new = NF4Linear.from_linear(child, **quantization)
+        replaced[child] = new
         parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, new)
+        setattr(module.get_submodule(parent), attribute, new.train(child.training))
     return module
 
 

@@ -286,6 +286,18 @@ def test_with_lora_autograd_keeps_packed_weights_and_small_tensors_only():
     layer, (a, b) = make_layer(n, k), adapter(n, k)
     x = torch.randn(tokens, k, requires_grad=True)
     assert largest_saved(lambda x: layer(x, lora=(a, b, 1.0)), x) == 4 * tokens * k  # x: no tensor of the output's size
+    a.requires_grad_(False)
+    assert largest_saved(lambda x: layer(x, lora=(a, b, 1.0)), x) == n * k // 2  # the packed weight
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((4, 40), (12, 4)), ((4, 40), (25, 4)), ((4, 40), (1, 4)), ((4, 40), (24, 3)), ((4, 41), (24, 4))],
+)
+def test_lora_of_another_shape_is_refused(a, b):
+    layer = make_layer(24, 40)
+    with pytest.raises(ValueError, match=r"must be \[r, 40\] and \[24, r\]"):
+        layer(torch.randn(3, 40), lora=(torch.randn(a), torch.randn(b), 1.0))
 
 
 # --- its bytes
@@ -389,6 +401,24 @@ def test_quantize_linears_replaces_all_but_the_skipped(device):
     assert model["proj"].weight.device.type == device
     assert model["proj"].quant_type == "fp4"
     assert (model["proj"].bias is not None, model["block"][0].bias is not None) == (True, False)
+
+
+def test_quantize_linears_keeps_what_is_shared_and_the_mode():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
+    model.append(model[0])
+    quantize_linears(model)
+    assert isinstance(model[0], NF4Linear)
+    assert model[2] is model[0]
+    assert not model[0].training
+
+
+def test_quantize_linears_refuses_before_it_replaces():
+    model = nn.Sequential(nn.Linear(16, 60), nn.Sequential(nn.Linear(60, 8)))
+    with pytest.raises(ValueError, match=r"1\.0 has 60 input features.*skip=\('lm_head', '0'\)"):
+        quantize_linears(model)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match=r"use NF4Linear\.from_linear"):
+        quantize_linears(nn.Linear(16, 8))
 
 
 def test_rows_of_a_plain_tensor_are_all_local():
