@@ -431,6 +431,14 @@ def test_a_changed_weight_changes_the_fingerprint(copied):
     assert SafetensorsCheckpoint(copied).fingerprint() != before
 
 
+def test_a_finetune_that_kept_the_embedding_has_another_fingerprint(tmp_path):
+    fingerprints = set()
+    for value in (0, 1):
+        save_file({"a": torch.zeros(2**20), "b": torch.full((3000,), float(value))}, tmp_path / "model.safetensors")
+        fingerprints.add(SafetensorsCheckpoint(tmp_path).fingerprint())
+    assert len(fingerprints) == 2
+
+
 def test_a_default_device_does_not_matter(tiny_llama_4bit_dir):
     """Some of Lightning's strategies build models with the GPU as the default; "meta" stands for it here."""
     states = []
