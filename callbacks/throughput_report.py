@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, TypedDict, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
@@ -42,6 +41,7 @@ from lightning_qlora.callbacks.measure import (
     TokensFn,
     count_tokens,
     gather,
+    is_distributed,
     observe,
 )
 
@@ -119,6 +119,15 @@ class _Point:
         known = self.tokens is not None and later.tokens is not None
         tokens = cast(Any, self.tokens) + later.tokens if known else None
         return _Point(later.step, self.count + later.count, self.seconds + later.seconds, tokens)
+
+
+class _OfRank(NamedTuple):
+    """What a rank counted: ``None`` where it cannot. ``rate`` is in FLOP/s; ``points`` are tokens between them."""
+
+    tokens: int | None
+    flops: float | None
+    rate: float | None
+    points: list[int | None]
 
 
 class ThroughputReport(Callback):
@@ -277,9 +286,8 @@ class ThroughputReport(Callback):
 
     def report_section(self) -> Mapping[str, Any] | None:
         """The section :class:`ThroughputSection`; ``None`` while there is none."""
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
         section = self._section
-        if section is None and self._started and alone:
+        if section is None and self._started and not is_distributed():
             # After a CUDA error nothing can be read from the device any more.
             with suppress(RuntimeError):
                 section = self._measure()
@@ -349,35 +357,36 @@ class ThroughputReport(Callback):
 
     def _measure(self) -> ThroughputSection:
         """The figures of all ranks (a collective if there are several)."""
-        tokens = self._steps.tokens
-        known = self._flops_of is not None and self._rate is not None
-        mine = (
-            None if tokens is None else int(tokens),
-            float(self._flops) if known else None,
-            self._rate.flops_per_s if known and self._rate else None,
-            [None if point.tokens is None else int(point.tokens) for point in self._points],
+        tokens, rate = self._steps.tokens, self._rate
+        costs_known = self._flops_of is not None and rate is not None
+        ranks = gather(
+            _OfRank(
+                tokens=None if tokens is None else int(tokens),
+                flops=float(self._flops) if costs_known else None,
+                rate=rate.flops_per_s if costs_known and rate else None,
+                points=[None if point.tokens is None else int(point.tokens) for point in self._points],
+            )
         )
-        ranks = gather(mine)
         seconds = sum(self._steps.seconds)
-        flops = [rank[1] for rank in ranks if rank[1] is not None]
-        rates = [rank[2] for rank in ranks if rank[2] is not None]
-        known = len(flops) == len(rates) == len(ranks) and seconds > 0
+        flops = [each.flops for each in ranks if each.flops is not None]
+        rates = [each.rate for each in ranks if each.rate is not None]
+        all_known = len(flops) == len(rates) == len(ranks) and seconds > 0
         points = [
             [tokens for tokens in of_ranks if tokens is not None]
-            for of_ranks in zip(*(r[3] for r in ranks), strict=True)
+            for of_ranks in zip(*(each.points for each in ranks), strict=True)
         ]
         return ThroughputSection(
             warmup_steps=self._steps.warmup_steps,
             timed_steps=len(self._steps.seconds),
             step_time_s=self._steps.step_time_s(),
-            tokens_per_s=self._steps.tokens_per_s([rank[0] for rank in ranks]),
+            tokens_per_s=self._steps.tokens_per_s([each.tokens for each in ranks]),
             data_wait_share=self._wait / seconds if seconds > 0 else None,
-            mfu=sum(flops) / seconds / sum(rates) if known else None,
-            model_flops_per_s=sum(flops) / seconds if known else None,
+            mfu=sum(flops) / seconds / sum(rates) if all_known else None,
+            model_flops_per_s=sum(flops) / seconds if all_known else None,
             mfu_note=self._note,
-            matmul_flops_per_s=rates if known else None,
-            matmul_dtype=self._rate.dtype if known and self._rate else None,
-            matmul_size=self._rate.size if known and self._rate else None,
+            matmul_flops_per_s=rates if all_known else None,
+            matmul_dtype=rate.dtype if all_known and rate else None,
+            matmul_size=rate.size if all_known and rate else None,
             steps=[point.step for point in self._points],
             steps_tokens_per_s=[
                 sum(tokens) / point.seconds if len(tokens) == len(ranks) and point.seconds > 0 else None
@@ -398,19 +407,8 @@ class ThroughputReport(Callback):
 # Operators of these move data or mark time. Words in the names of PyTorch's operators that multiply matrices.
 _FREE_NAMESPACES = ("prim", "prims", "c10d", "_c10d_functional", "fsdp", "profiler")
 _MATMULS = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "addbmm",
-    "conv",
-    "convolution",
-    "linear",
-    "attention",
-    "rnn",
-    "lstm",
-    "gru",
-)
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "conv", "convolution", "linear", "attention", "rnn", "lstm", "gru",
+)  # fmt: skip
 
 
 class _CountFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
