@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -15,6 +16,50 @@ from torch.distributed.tensor import DTensor
 from lightning_qlora.modules.nf4_linear import copy_local_rows
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+#: Options of ``LoraConfig`` under which an adapted weight is ``W + scaling * B @ A``. Of all others, those of future
+#: versions of peft included, only the default is accepted.
+_PLAIN = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "runtime_config", "megatron_core",
+    # Details of what other options switch on.
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+
+#: Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ...) subtract something from it.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+def check_plain_lora(config: PeftConfig, source: str, remedy: str) -> LoraConfig:
+    """Return ``config`` if it is plain LoRA: ``W + scaling * B @ A`` with the base's own W.
+
+    Args:
+        config: Any configuration of peft.
+        source: Where it comes from, as the subject of an error's sentence.
+        remedy: What to do about a variant of LoRA: the error's last sentence.
+
+    Raises:
+        ValueError: For another type of adapter, for variants of LoRA (DoRA, aLoRA, QALoRA, trained biases or tokens,
+            ``modules_to_save``, ...), and for an initialisation that changed the base.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{source} is a {config.peft_type} adapter. Only LoRA adapters are supported here.")
+    default = LoraConfig()
+    for option in dataclasses.fields(LoraConfig):
+        value = getattr(config, option.name)
+        # What is None, False or empty switches nothing on.
+        if option.name not in _PLAIN and value and value != getattr(default, option.name):
+            raise ValueError(
+                f"{source} has {option.name}={value!r}, which is more than a product B @ A added to a frozen weight. "
+                f"{remedy}"
+            )
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise ValueError(
+            f"{source} has init_lora_weights={config.init_lora_weights!r}, which changed the base that it was trained "
+            "on. Convert it with peft (path_initial_model_for_weight_conversion) first."
+        )
+    return config
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -79,10 +124,11 @@ def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> N
 
 
 def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
-    """Read an adapter's tensors after checking that it was made with the rank and alpha of ``lora``.
+    """Read an adapter's tensors after checking that it is plain LoRA of the rank and alpha of ``lora``.
 
     Raises:
-        ValueError: If there is no adapter, it is damaged, or its r or alpha differ, in all layers or in some.
+        ValueError: If there is no adapter, it is damaged or not plain LoRA (see :func:`check_plain_lora`), or its r or
+            alpha differ, in all layers or in some.
     """
     directory = Path(directory)
     for name in ("adapter_config.json", WEIGHTS_NAME):
@@ -93,6 +139,9 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
+    check_plain_lora(
+        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter."
+    )
     for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, mine = getattr(config, option, None), getattr(lora, option)
         if theirs != mine:

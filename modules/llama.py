@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
+from lightning_qlora.modules.adapters import check_plain_lora
 from lightning_qlora.modules.attention import IMPLEMENTATION, attention_inputs, register_attention
 from lightning_qlora.modules.compilation import CompileMode, compile_region
 from lightning_qlora.modules.linear_cross_entropy import LossHead
@@ -58,9 +60,9 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
     """Return ``lora`` if these modules can train it.
 
     Raises:
-        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), or a variant of LoRA that reads
-        or
-            changes the base weight (DoRA, PiSSA and other initialisations, trained biases, ``modules_to_save``).
+        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), another initialisation than
+            peft's default, or a variant of LoRA (see
+            :func:`~lightning_qlora.modules.adapters.check_plain_lora`).
     """
     if lora.r < 1:
         raise ValueError(f"LoRA rank r must be at least 1, got {lora.r}.")
@@ -68,20 +70,13 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
         raise ValueError(f"lora_alpha must be positive, got {lora.lora_alpha}.")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora.lora_dropout}.")
-    unsupported = {
-        "use_dora": lora.use_dora,
-        "init_lora_weights": lora.init_lora_weights is not True,
-        "modules_to_save": bool(lora.modules_to_save),
-        "bias": lora.bias != "none",
-        "lora_bias": lora.lora_bias,
-    }
-    for option, is_set in unsupported.items():
-        if is_set:
-            raise ValueError(
-                f"LoraConfig({option}={getattr(lora, option)!r}) is not supported here: it trains or reads more than "
-                "the adapters beside a frozen 4-bit base. Leave it at its default."
-            )
-    return lora
+    if lora.init_lora_weights is not True:
+        raise ValueError(
+            f"The LoraConfig has init_lora_weights={lora.init_lora_weights!r}, but adapters start here as peft's "
+            "default does, equal for any number of ranks. Leave it True; to start otherwise, load an adapter that peft "
+            "initialised (init_adapter)."
+        )
+    return check_plain_lora(lora, "The LoraConfig", "Nothing else is trained here: leave it at its default.")
 
 
 def check_offload(*, checkpoint_activations: bool, offload_activations: bool) -> None:
@@ -104,7 +99,8 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
     an 8B model; here the base's result says in what to compute. A and B are converted here, for autocast would keep
     its copies of all layers until the forward is over, 0.3 GiB for 8B and r 64. And peft scales the adapter's output
     [B, S, out], which keeps another tensor of that size in forward and in backward; here the r numbers of a token are
-    scaled. A single adapter without dropout on a 4-bit base has no output of its own: see :class:`NF4Linear`.
+    scaled. A single adapter without dropout on a 4-bit base has no output of its own: see :class:`NF4Linear`. Variants
+    of LoRA, which peft can add to a layer that stands already, are left to peft.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,6 +108,8 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         names = [name for name in self.active_adapters if name in self.lora_A]
+        if any(name in self.lora_variant or self.lora_bias[name] for name in names):
+            return super().forward(x)  # type: ignore[no-any-return]
         if len(names) == 1 and isinstance(self.base_layer, NF4Linear) and not self._drops(names[0]):
             a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
             return self.base_layer(x, lora=(a, b, self.scaling[names[0]]))  # type: ignore[no-any-return]
@@ -121,6 +119,19 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
             low = F.linear(self.lora_dropout[name](x.to(y.dtype)), a)
             y = y + F.linear(low * self.scaling[name], b)
         return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As peft's, which ``merge_adapter`` and ``merge_and_unload`` call.
+
+        Raises:
+            ValueError: For a 4-bit base, which stays as it is.
+        """
+        if isinstance(self.base_layer, NF4Linear):
+            raise ValueError(
+                "A weight packed in 4 bits cannot take an adapter in. Save the adapter and merge the files with "
+                "recipes/merge_adapter.py (lightning_qlora.modules.merge), which writes a dense checkpoint."
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _drops(self, name: str) -> bool:
         dropout = self.lora_dropout[name]
@@ -189,6 +200,7 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -240,18 +252,20 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
                     logits_to_keep=logits_to_keep,
                     **kwargs,
                 )
-        hidden = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
             **kwargs,
-        ).last_hidden_state
+        )
         # The last token predicts nothing; slicing it off would copy the hidden states of all others.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        total = self.lm_head(hidden, targets, num_tokens=num_loss_tokens)
+        total = self.lm_head(outputs.last_hidden_state, targets, num_tokens=num_loss_tokens)
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=total / count)
+        return CausalLMOutputWithPast(
+            loss=total / count, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
     def _check_packed(self, attention_mask: Tensor | None, past_key_values: Any) -> None:
         if self.attention_backend is None:
@@ -389,17 +403,26 @@ def build_llama(
     with torch.device("meta"):
         model = QLoRALlamaForCausalLM(config)
     model.attention_backend = None if attention == "eager" else attention
+    is_quantized = any(".quant_state.bitsandbytes__" in name for name in checkpoint)
     for parent_name, parent in list(model.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 name = f"model.{parent_name}.{attribute}.weight"
-                setattr(parent, attribute, _projection(child, prequantized_state(checkpoint, name), checkpoint, dtype))
+                state = prequantized_state(checkpoint, name)
+                if state is not None or not is_quantized:
+                    setattr(parent, attribute, _projection(child, state, dtype))
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:
         layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
     config = copy.copy(check_lora(lora))
     config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
     inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    for name, module in model.named_modules():
+        if isinstance(module, peft_lora.LoraLayer) and name.rpartition(".")[2] not in LLAMA_PROJECTIONS:
+            raise ValueError(
+                f"LoRA target_modules {lora.target_modules} match {name!r}, which is no projection of a decoder layer. "
+                f"Choose from {LLAMA_PROJECTIONS}."
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     if not any(p.requires_grad for p in model.parameters()):
@@ -407,18 +430,13 @@ def build_llama(
     return model
 
 
-def _projection(
-    linear: nn.Linear, state: dict[str, Any] | None, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype
-) -> nn.Module:
-    has_bias = linear.bias is not None
-    if state is not None:
-        return NF4Linear(
-            linear.in_features, linear.out_features, has_bias, nested=state["nested"], blocksize=state["blocksize"],
-            nested_blocksize=state["nested_blocksize"], quant_type=state["quant_type"], device="meta", dtype=dtype,
-        )  # fmt: skip
-    if any(".quant_state.bitsandbytes__" in name for name in checkpoint):
-        return linear
-    return NF4Linear(linear.in_features, linear.out_features, has_bias, device="meta", dtype=dtype)
+def _projection(linear: nn.Linear, state: dict[str, Any] | None, dtype: torch.dtype) -> NF4Linear:
+    """An empty 4-bit layer of the shape of ``linear``, in the checkpoint's format if that has one."""
+    names = ("nested", "blocksize", "nested_blocksize", "quant_type")
+    quantization = {} if state is None else {name: state[name] for name in names}
+    return NF4Linear(
+        linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=dtype, **quantization
+    )
 
 
 def _cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
@@ -482,6 +500,10 @@ def init_lora(model: nn.Module, seed: int) -> None:
             local_tensor(parameter).zero_()
 
 
+#: What older checkpoints do not hold.
+_LATER_IN_IDENTITY = {"lora_use_rslora", "lora_rank_pattern", "lora_alpha_pattern"}
+
+
 @dataclasses.dataclass(frozen=True)
 class BaseIdentity:
     """What a training checkpoint must share with the model it is loaded into."""
@@ -493,6 +515,9 @@ class BaseIdentity:
     lora_r: int
     lora_alpha: float
     lora_targets: tuple[str, ...]
+    lora_use_rslora: bool
+    lora_rank_pattern: tuple[tuple[str, int], ...]  # in order: the first that matches a layer's name counts
+    lora_alpha_pattern: tuple[tuple[str, float], ...]
 
     @classmethod
     def of(cls, checkpoint: SafetensorsCheckpoint, lora: LoraConfig) -> BaseIdentity:
@@ -500,12 +525,18 @@ class BaseIdentity:
         config = load_config(checkpoint.directory)
         return cls(
             checkpoint.fingerprint(), config.hidden_size, config.num_hidden_layers, config.vocab_size, lora.r,
-            float(lora.lora_alpha), tuple(sorted(lora.target_modules or ())),
+            float(lora.lora_alpha), tuple(sorted(lora.target_modules or ())), lora.use_rslora,
+            tuple((lora.rank_pattern or {}).items()), tuple((lora.alpha_pattern or {}).items()),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a checkpoint."""
-        return {**dataclasses.asdict(self), "lora_targets": list(self.lora_targets)}
+        return {
+            **dataclasses.asdict(self),
+            "lora_targets": list(self.lora_targets),
+            "lora_rank_pattern": [list(pair) for pair in self.lora_rank_pattern],
+            "lora_alpha_pattern": [list(pair) for pair in self.lora_alpha_pattern],
+        }
 
     def check(self, other: dict[str, Any], source: str | Path) -> None:
         """Refuse a checkpoint made for something else.
@@ -514,11 +545,13 @@ class BaseIdentity:
             ValueError: Naming each attribute that differs.
         """
         mine = self.to_dict()
+        for key in _LATER_IN_IDENTITY - other.keys():
+            del mine[key]  # that checkpoint cannot say
         differing = [
             f"{key} is {other.get(key)!r} there and {mine[key]!r} here" for key in mine if other.get(key) != mine[key]
         ]
         if differing:
             raise ValueError(
                 f"{source} was made with another model or LoRA shape: {'; '.join(differing)}. Resume with the same "
-                "--model, --lora_r and --lora_alpha, or start in a new --output_dir."
+                "--model and LoRA settings (--lora_r, --lora_alpha), or start in a new --output_dir."
             )

@@ -8,7 +8,6 @@ Shapes: N out_features, K in_features, R rank, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -28,24 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lightning_qlora.kernels.nf4 import dequantize_4bit, dequantize_quant_state
-from lightning_qlora.modules.adapters import read_adapter
+from lightning_qlora.modules.adapters import check_plain_lora, read_adapter
 from lightning_qlora.modules.llama import load_config
 from lightning_qlora.modules.nf4_linear import Quantized4bit
 from lightning_qlora.modules.weights import INDEX_NAME, SafetensorsCheckpoint, prequantized_state
 
 #: What stands beside the weights in a transformers directory and holds as well for the merged model.
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
-
-#: Options of ``LoraConfig`` under which a merged weight is ``W + scaling * B @ A``. Of all others, those of future
-#: versions of peft included, only the default is accepted.
-_MERGEABLE = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "runtime_config", "megatron_core",
-}  # fmt: skip
-
-#: Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ...) subtract something from it.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -116,22 +104,11 @@ def adapter_config(adapter: str | Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type} adapter. Only LoRA adapters are merged here.")
-    default = LoraConfig()
-    for option in dataclasses.fields(LoraConfig):
-        value = getattr(config, option.name)
-        if option.name not in _MERGEABLE and value != getattr(default, option.name):
-            raise ValueError(
-                f"{adapter} was made with {option.name}={value!r}, which is more than a product B @ A added to a "
-                "weight. Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-            )
-    if config.init_lora_weights not in _INITIALISATIONS:
-        raise ValueError(
-            f"{adapter} was initialised by init_lora_weights={config.init_lora_weights!r}, which changed the base that "
-            "it was trained on. Convert it with peft (path_initial_model_for_weight_conversion) first."
-        )
-    return config
+    return check_plain_lora(
+        config,
+        f"The adapter in {adapter}",
+        "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().",
+    )
 
 
 def merge_adapter(

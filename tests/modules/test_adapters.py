@@ -20,6 +20,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LORAS = {
     "all layers": default_lora(4),
+    "patterns": LoraConfig(
+        r=4,
+        lora_alpha=5,
+        target_modules=r".*layers\.1\..*\.(q|k|up)_proj",
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"q_proj": 9},
+    ),
     "two layers, rank-stabilized": LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["v_proj", "up_proj"]),
 }
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -126,7 +133,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: (d / WEIGHTS_NAME).write_bytes((d / WEIGHTS_NAME).read_bytes()[:-9]), "adapter in .* is damaged"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "adapter in .* is damaged"),
         (lambda d: (d / "adapter_config.json").write_text("[]"), "adapter in .* is damaged"),
-        (lambda d: change_config(d, peft_type="IA3"), "has r=None, this run r=4"),
+        (lambda d: change_config(d, peft_type="IA3"), "is a .*IA3 adapter. Only LoRA"),
+        (lambda d: change_config(d, init_lora_weights="pissa"), "'pissa', which changed the base.*Convert it"),
+        (lambda d: change_config(d, use_dora=True), "has use_dora=True, which is more than a product"),
+        (lambda d: change_config(d, alora_invocation_tokens=[5]), r"has alora_invocation_tokens=\[5\], which is more"),
+        (lambda d: change_config(d, bias="lora_only"), "has bias='lora_only', which is more"),
         (lambda d: change_config(d, r=8), "has r=8, this run r=4. Use the same"),
         (lambda d: change_config(d, lora_alpha=16), "has lora_alpha=16, this run lora_alpha=8"),
         (lambda d: change_config(d, use_rslora=True), "has use_rslora=True"),

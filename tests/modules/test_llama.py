@@ -4,6 +4,7 @@ Shapes: B samples, S tokens a sample.
 """
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import ArrowConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -22,6 +23,7 @@ from lightning_qlora.modules.linear_cross_entropy import linear_cross_entropy
 from lightning_qlora.modules.llama import (
     LLAMA_PROJECTIONS,
     BaseIdentity,
+    LoraLinear,
     QLoRALlamaForCausalLM,
     build_llama,
     check_lora,
@@ -138,6 +140,67 @@ def test_loss_and_gradients_are_those_of_the_stock_model(directory, dense_llama)
     counted = int((labels[:, 1:] != -100).sum())
     torch.testing.assert_close(summed.loss, expected.loss * counted)
     torch.testing.assert_close(scaled.loss, expected.loss * counted / 50)
+
+
+@torch.no_grad()
+def test_outputs_beside_the_loss_are_those_of_the_stock_model(tiny_llama_dir, dense_llama):
+    model, stock, ids = load(tiny_llama_dir, attention="eager"), dense_llama(tiny_llama_dir), token_ids()
+    stock.set_attn_implementation("eager")
+    options = {"labels": ids, "output_hidden_states": True, "output_attentions": True}
+    ours, expected = model(ids, **options), stock(ids, **options)
+    assert (len(ours.hidden_states), len(ours.attentions)) == (3, 2)
+    torch.testing.assert_close(ours.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.attentions, expected.attentions, rtol=0, atol=1e-5)
+    assert model(ids, labels=ids).hidden_states is None
+
+    as_tuple = model(ids, return_dict=False, **options)
+    torch.testing.assert_close(as_tuple, (ours.loss, ours.hidden_states, ours.attentions), rtol=0, atol=0)
+    logits, *_ = model(ids, return_dict=False)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+@torch.no_grad()
+def test_a_variant_added_to_a_layer_computes_as_pefts(option):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    layers = []
+    for registered in ({}, {nn.Linear: LoraLinear}):
+        model = copy.deepcopy(base)
+        for name, options in (("default", {}), ("second", {option: True})):
+            lora = LoraConfig(r=2, target_modules=["0"], **options)
+            lora._register_custom_module(registered)
+            inject_adapter_in_model(lora, model, adapter_name=name)
+        layers.append(model[0])
+    stock, ours = layers
+    assert type(ours) is LoraLinear is not type(stock)
+    for parameter, theirs in zip(ours.parameters(), stock.parameters(), strict=True):
+        theirs.copy_(parameter.normal_())
+    x = torch.randn(3, 8)
+    outputs = []
+    for active in (["default"], ["second"], ["default", "second"]):
+        for layer in layers:
+            layer.set_adapter(active)
+        torch.testing.assert_close(ours(x), stock(x))
+        outputs.append(ours(x))
+    assert min((a - b).abs().max() for a, b in itertools.combinations(outputs, 2)) > 0.1
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+@torch.no_grad()
+def test_a_4_bit_weight_refuses_a_merge_and_stays_as_it_is(merge, safe_merge):
+    base = NF4Linear.from_linear(nn.Linear(64, 32))
+    lora = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    lora._register_custom_module({nn.Linear: LoraLinear})
+    model = get_peft_model(nn.Sequential(base), lora)
+    x, packed = torch.randn(3, 64), base.weight.clone()
+    before = model(x)
+    with pytest.raises(ValueError, match=r"packed in 4 bits cannot take an adapter in.*recipes/merge_adapter.py"):
+        getattr(model, merge)(safe_merge=safe_merge)
+    assert torch.equal(base.weight.view(torch.uint8), packed.view(torch.uint8))
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
 def test_activation_checkpoints_change_no_gradient(tiny_llama_dir):
@@ -288,42 +351,95 @@ def test_a_quantized_config_loads_without_transformers_quantizer(tiny_llama_4bit
         ({"lora_alpha": float("nan")}, "lora_alpha must be positive, got nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\)"),
-        ({"use_dora": True}, r"LoraConfig\(use_dora=True\) is not supported"),
-        ({"init_lora_weights": "pissa"}, r"LoraConfig\(init_lora_weights='pissa'\) is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"LoraConfig\(modules_to_save=\['lm_head'\]\) is not supported"),
-        ({"bias": "all"}, r"LoraConfig\(bias='all'\) is not supported"),
-        ({"lora_bias": True}, r"LoraConfig\(lora_bias=True\) is not supported"),
+        ({"use_dora": True}, "has use_dora=True, which is more than a product.*leave it at its default"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa', but adapters start here as peft's default"),
+        ({"init_lora_weights": "gaussian"}, "has init_lora_weights='gaussian', but adapters start here"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save=\['lm_head'\], which is more"),
+        ({"bias": "all"}, "has bias='all', which is more"),
+        ({"lora_bias": True}, "has lora_bias=True, which is more"),
+        ({"alora_invocation_tokens": [5, 6]}, r"has alora_invocation_tokens=\[5, 6\], which is more"),
+        ({"target_parameters": ["q_proj.weight"]}, r"has target_parameters=\['q_proj.weight'\], which is more"),
+        ({"use_qalora": True}, "has use_qalora=True, which is more"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, r"has layer_replication=\[\(0, 2\), \(1, 2\)\], which is more"),
+        ({"trainable_token_indices": [7]}, r"has trainable_token_indices=\[7\], which is more"),
+        ({"arrow_config": ArrowConfig()}, r"has arrow_config=ArrowConfig\(.*, which is more"),
     ],
 )
 def test_lora_settings_that_cannot_be_trained_here_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        check_lora(LoraConfig(**{"r": 4, **options}))
+        check_lora(LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options}))
 
 
-def test_adapters_on_layers_that_do_not_exist_are_refused(tiny_llama_dir):
-    with pytest.raises(ValueError, match="no_such_proj"):
-        build_llama(SafetensorsCheckpoint(tiny_llama_dir), LoraConfig(r=4, target_modules=["no_such_proj"]))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "lora_dropout": 0.1, "bias": "none"},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*v_proj": 3}},
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"modules_to_save": [], "target_parameters": []},
+        {"revision": "main", "base_model_name_or_path": "some/base", "inference_mode": True},
+        {"qalora_group_size": 8, "ensure_weight_tying": True},
+    ],
+    ids=lambda options: "-".join(options) or "default",
+)
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+def test_every_setting_of_plain_lora_is_accepted(options, tiny_llama_dir):
+    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **options})
+    assert check_lora(lora) is lora
+    model = build_llama(SafetensorsCheckpoint(tiny_llama_dir), lora)
+    assert any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def test_adapters_on_other_layers_than_projections_are_refused(tiny_llama_dir):
+    for target in ("no_such_proj", "lm_head", "embed_tokens"):
+        with pytest.raises(ValueError, match=target):
+            build_llama(SafetensorsCheckpoint(tiny_llama_dir), LoraConfig(r=4, target_modules=[target]))
+    for target in ("lm_head", "embed_tokens"):  # beside one that is right
+        with pytest.raises(ValueError, match=f"match .*{target}', which is no projection of a decoder layer. Choose"):
+            build_llama(SafetensorsCheckpoint(tiny_llama_dir), LoraConfig(r=4, target_modules=["q_proj", target]))
 
 
 def test_an_identity_refuses_another_base_and_other_adapters(tiny_llama_dirs):
     def identity(name: str = "untied", lora: LoraConfig | None = None) -> BaseIdentity:
         return BaseIdentity.of(SafetensorsCheckpoint(tiny_llama_dirs[name]), lora or default_lora(4))
 
+    def changed(**options: Any) -> LoraConfig:
+        lora = default_lora(4)
+        for name, value in options.items():
+            setattr(lora, name, value)
+        return lora
+
     mine = identity()
     mine.check(json.loads(json.dumps(mine.to_dict())), "x")
-    fewer = copy.copy(default_lora(4))
-    fewer.target_modules = ["q_proj"]
+    fewer = changed(target_modules=["q_proj"])
     for other, difference in (
         (identity("other"), "fingerprint is"),
         (identity("tied"), "fingerprint is"),
         (identity(lora=default_lora(8)), "lora_r is 8 there and 4 here; lora_alpha is 16.0 there and 8.0 here"),
         (identity(lora=default_lora(4, 5)), "lora_alpha is 5.0 there and 8.0 here"),
         (identity(lora=fewer), r"lora_targets is \['q_proj'\] there"),
+        (identity(lora=changed(use_rslora=True)), "lora_use_rslora is True there and False here"),
+        (identity(lora=changed(rank_pattern={"k_proj": 2})), r"lora_rank_pattern is \[\['k_proj', 2\]\] there"),
+        (identity(lora=changed(alpha_pattern={"k_proj": 3})), r"lora_alpha_pattern is \[\['k_proj', 3\]\] there"),
     ):
         with pytest.raises(ValueError, match=f"x was made with another model or LoRA shape: .*{difference}"):
             mine.check(other.to_dict(), "x")
     with pytest.raises(ValueError, match="fingerprint is None there"):
         mine.check({}, "x")
+
+
+def test_a_checkpoint_that_does_not_say_how_its_adapters_were_scaled_is_resumed(tiny_llama_dir):
+    lora = LoraConfig(r=4, use_rslora=True, target_modules=["q_proj"], alpha_pattern={"q_proj": 3})
+    identity = BaseIdentity.of(SafetensorsCheckpoint(tiny_llama_dir), lora)
+    older = ("fingerprint", "hidden_size", "num_hidden_layers", "vocab_size", "lora_r", "lora_alpha", "lora_targets")
+    identity.check({name: identity.to_dict()[name] for name in older}, "x")
+    with pytest.raises(ValueError, match="lora_r is None there"):
+        identity.check({name: identity.to_dict()[name] for name in older if name != "lora_r"}, "x")
 
 
 def test_stock_llama_is_untouched(tiny_llama_dir):

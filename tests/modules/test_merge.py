@@ -178,6 +178,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: change_config(d, use_dora=True), "use_dora=True, which is more than a product"),
         (lambda d: change_config(d, bias="all"), "bias='all', which is more"),
         (lambda d: change_config(d, lora_bias=True), "lora_bias=True, which is more"),
+        (lambda d: change_config(d, alora_invocation_tokens=[5]), r"alora_invocation_tokens=\[5\], which is more"),
         (lambda d: change_config(d, fan_in_fan_out=True), "fan_in_fan_out=True, which is more"),
         (lambda d: change_config(d, modules_to_save=["embed_tokens"]), r"modules_to_save=\['embed_tokens'\]"),
         (lambda d: change_config(d, init_lora_weights="pissa"), "init_lora_weights='pissa', which changed the base"),
