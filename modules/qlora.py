@@ -22,7 +22,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer
 
 from lightning_qlora.modules.adapters import load_adapter, read_adapter, save_adapter
 from lightning_qlora.modules.attention import AttentionName, check_attention, choose_attention
@@ -30,6 +29,7 @@ from lightning_qlora.modules.capabilities import compute_dtype
 from lightning_qlora.modules.checkpointing import check_state, read_checkpoint, trained_shapes
 from lightning_qlora.modules.compilation import CompileMode, check_compile_mode
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
+from lightning_qlora.modules.hub import load_tokenizer
 from lightning_qlora.modules.llama import (
     BaseIdentity,
     QLoRALlamaForCausalLM,
@@ -384,7 +384,7 @@ class QLoRALlama(L.LightningModule):
     @torch.no_grad()
     def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a one-turn chat with ``prompt``. All ranks of a sharded model must call it together."""
-        tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
+        tokenizer = load_tokenizer(self.model_dir)
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.device)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer
 
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.hub import resolve_model
+from lightning_qlora.modules.hub import base_name, load_tokenizer, resolve_model
 from lightning_qlora.modules.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.run_directory import RunDirectory
 
 
 def main(
@@ -45,14 +45,21 @@ def main(
         check: Compare logits before the result is kept; reads all weights three times more.
         prompt: Text whose logits are compared.
     """
-    trained_on = adapter_config(adapter).base_model_name_or_path
-    model = model or trained_on
-    if model is None:
+    trained_on = read_base_name(adapter)
+    if not (model or trained_on):
         raise ValueError(f"{adapter} does not name its base. Pass --model.")
-    if trained_on and Path(trained_on).name != Path(model).name:
+    try:
+        base = resolve_model(model or trained_on)
+    except ValueError as error:
+        if model:
+            raise
+        raise ValueError(f"{error} This is the base that the adapter names; pass --model to name another.") from error
+    same = bool(trained_on) and name_of(model or trained_on, base) == name_of(trained_on, Path(trained_on))
+    if trained_on and not same:
         print(f"warning: the adapter was trained on {trained_on}, not on {model}; its effect may be another.")
-    base = resolve_model(model)
-    check_ids = torch.tensor(AutoTokenizer.from_pretrained(base)(prompt)["input_ids"]) if check else None
+    check_ids = torch.tensor(load_tokenizer(base)(prompt)["input_ids"]) if check else None
+    if check_ids is not None and not len(check_ids):
+        raise ValueError("--prompt has no tokens, so no logits can be compared. Give a text, or pass --check=false.")
     merged = merge_adapter(
         base, adapter, output_dir, dtype=None if dtype == "auto" else getattr(torch, dtype),
         max_shard_size=max_shard_size, quantize_base=quantize_base, check_ids=check_ids,
@@ -62,9 +69,9 @@ def main(
         f"{merged.total_bytes / 2**30:.2f} GiB in {merged.files} file(s)."
     )
     if merged.base_is_4bit:
-        print("The base is what its 4-bit weights stand for, which is what the adapter was trained on.")
+        print(f"The base is what its 4-bit weights stand for{', which is what the adapter was trained on' * same}.")
     else:
-        print("The base is the 16-bit one. If training quantized it, --quantize_base merges into exactly what it saw.")
+        print("The base is not quantized. If training quantized it, --quantize_base merges into exactly what it saw.")
     if merged.parity is None:
         print("Logits were not checked.")
     else:
@@ -73,6 +80,27 @@ def main(
             f"{merged.parity.tolerance:.2g}, for rounding); the adapter moves them by up to "
             f"{merged.parity.adapter_effect:.2g}."
         )
+
+
+def read_base_name(adapter: Path) -> str:
+    """The base that an adapter names, or an empty string.
+
+    Raises:
+        ValueError: If it cannot be merged; of a run's directory or checkpoint, naming the adapter that belongs to it.
+    """
+    try:
+        return adapter_config(adapter).base_model_name_or_path or ""
+    except ValueError as error:
+        run = RunDirectory(adapter.parent.parent if adapter.suffix == ".ckpt" else adapter)
+        for other in (run.adapters / adapter.stem.removeprefix("interrupted-"), run.adapter):
+            if (other / "adapter_config.json").is_file():
+                raise ValueError(f"{error} Did you mean {other}?") from error
+        raise
+
+
+def name_of(model: str, directory: Path) -> str:
+    """What remains of a model's name when its directory or organisation changes."""
+    return Path(base_name(model, directory)).name
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import default_lora, load_config
 from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.run_directory import writable_directory
 from lightning_qlora.modules.strategies import build_strategy
 
 
@@ -115,8 +116,9 @@ def main(
     Args:
         model: Demo model, transformers directory, GGUF file or hub name. If not given, the demo model; on a GPU random
             weights of Llama-3.2-1B's shape.
-        lengths: Of the rows to pack into; default 1024, 2048, 4096 and 8192 tokens on a GPU, 256 and 1024 on CPU.
-        attentions: What to measure; default all that run here.
+        lengths: Tokens of the rows to pack into, as in --lengths '[512,1024]'; default 1024, 2048, 4096 and 8192 on a
+            GPU, 256 and 1024 on CPU.
+        attentions: What to measure, as in --attentions '[sdpa,flex]'; default all that run here.
         tokens: Of a step's packed rows, their padding included; default 16384 on a GPU and 1024 on CPU.
         batch_size: Samples of a micro-batch in the second padded run.
         max_steps: Optimizer steps, of which a quarter are warm-up; default 16 on a GPU and 4 on CPU.
@@ -132,6 +134,7 @@ def main(
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
     max_steps = (16 if on_gpu else 4) if max_steps is None else max_steps
     positive(batch_size=batch_size, max_steps=max_steps)
+    writable_directory(output_dir)
     precision = check_precision(precision)
     usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
     directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
@@ -156,8 +159,8 @@ def main(
     names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
     names += [f"{name} {length}" for length in lengths for name in usable]
     names += [f"{name} varied" for name in usable] if compile != "off" else []
-    if (reports := run_all(names, output_dir)) is None:
-        return 1
+    if isinstance(reports := run_all(names, output_dir), int):
+        return reports
     first = reports[names[0]]
     table = [row(name, report, first) for name, report in reports.items()]
     print_table(table)
@@ -181,13 +184,13 @@ def main(
     return int(bool(differing))
 
 
-def run_all(names: list[str], output_dir: Path) -> dict[str, dict[str, Any]] | None:
-    """Call this recipe for each run and return the reports; ``None`` if one fails."""
+def run_all(names: list[str], output_dir: Path) -> dict[str, dict[str, Any]] | int:
+    """Call this recipe for each run and return the reports, or the exit status of the run that fails."""
     reports = {}
     for name in dict.fromkeys(names):
         print(f"--- {name}", flush=True)
-        if subprocess.run([sys.executable, *sys.argv, "--run", name], check=False).returncode:
-            return None
+        if status := subprocess.run([sys.executable, *sys.argv, "--run", name], check=False).returncode:
+            return status if status > 0 else 128 - status  # as a shell tells of a signal
         reports[name] = json.loads((output_dir / name / "report.json").read_text())
     return reports
 

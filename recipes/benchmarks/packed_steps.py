@@ -8,8 +8,6 @@ import random
 import re
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from lightning_qlora.modules.data import (
     IGNORE_INDEX,
     Batch,
@@ -20,6 +18,7 @@ from lightning_qlora.modules.data import (
     join_samples,
     tokenize_chats,
 )
+from lightning_qlora.modules.hub import load_tokenizer
 from lightning_qlora.modules.llama import load_config
 from lightning_qlora.modules.packing import pack_samples
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
@@ -34,7 +33,7 @@ def read_samples(directory: Path) -> list[Sample]:
     """
     chats = stdlib_api_cards()
     if (directory / "tokenizer_config.json").is_file():
-        return tokenize_chats(AutoTokenizer.from_pretrained(directory), chats, seq_len=2**20).samples
+        return tokenize_chats(load_tokenizer(directory), chats, seq_len=2**20).samples
     draw, vocab_size = random.Random(0), load_config(directory).vocab_size
     samples: list[Sample] = []
     for chat in chats:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,8 @@ GOOD = {"prompt": "p", "completion": "c"}
         (chat("q", " \n"), "row 2, message 2: empty completion"),
         ({"instruction": "x", "response": ""}, "row 2, message 2: empty completion"),
         (chat("q"), "row 2: no assistant turn"),
+        ({"prompt": "ab\ud83d", "completion": "c"}, r"row 2, message 1 \(user\): character 3 is half of a surrogate"),
+        (chat("q", "\udc00"), r"row 2, message 2 \(assistant\): character 1 is half of a surrogate pair \('\\udc00'\)"),
         ({"messages": chat("q", "a")["messages"][1:]}, "row 2: the assistant speaks before any user turn"),
     ],
 )
@@ -593,10 +596,42 @@ def test_counts_of_cut_and_dropped_chats(tokenizer, tmp_path):
     assert (data.num_train, data.num_dropped, data.num_truncated) == (2, 1, 1)
 
 
-def test_data_of_one_repeated_text_are_refused(tokenizer, tmp_path):
-    path = write(tmp_path / "rows.jsonl", *[chat("q", "a")] * 10)
-    with pytest.raises(ValueError, match=r"all 10 samples of .* are the same text.*val_samples=0"):
-        ChatDataModule(tokenizer, path, batch_size=2, seq_len=64).load()
+@pytest.mark.parametrize("distinct", [1, 2])
+def test_texts_that_are_too_many_to_hold_out_are_trained_on(tokenizer, tmp_path, said, distinct):
+    path = write(tmp_path / "rows.jsonl", *[chat("q", f"a{i % distinct}") for i in range(30)])
+    data = ChatDataModule(tokenizer, path, batch_size=2, seq_len=64)
+    assert data.val_dataloader() == []
+    assert (data.num_train, data.num_val, data.example()) == (30, 0, None)
+    assert any("nothing is held out: every text is there more than 3 times" in message for message in said)
+
+
+@pytest.mark.parametrize(("repetitions", "held_out"), [(1, 5), (2, 4), (3, 3), (5, 5), (6, 0)])
+def test_a_repeated_text_is_held_out_whole_or_not_at_all(tokenizer, tmp_path, repetitions, held_out):
+    chats = [chat(f"q{i}", "a") for i in range(50)] * repetitions
+    path = write(tmp_path / "rows.jsonl", *chats)
+    data = ChatDataModule(tokenizer, path, batch_size=2, seq_len=64, val_samples=5)
+    data.load()
+    assert (data.num_train, data.num_val) == (len(chats) - held_out, held_out)
+    assert all(data.val_chats.count(held) == repetitions for held in data.val_chats)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_samples_beyond_the_models_positions_are_warned_of(tokenizer, rows, packing):
+    def load(limit: int | None, seq_len: int = 128) -> ChatDataModule:
+        data = ChatDataModule(
+            tokenizer, rows, batch_size=2, seq_len=seq_len, packing=packing, max_position_embeddings=limit
+        )  # fmt: skip
+        data.load()
+        return data
+
+    longest = max(len(tokenizer.apply_chat_template(chat["messages"])["input_ids"]) for chat in load_chats(rows))
+    with pytest.warns(UserWarning, match=f"sample has {longest} tokens, .* max_position_embeddings={longest - 1}:"):
+        load(limit=longest - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(limit=None)
+        load(limit=longest)  # packing makes longer rows, but their positions start at 0 in each document
+        load(limit=longest - 1, seq_len=longest - 1)
 
 
 @pytest.mark.parametrize(

