@@ -538,74 +538,40 @@ torch.library.define(
 
 @torch.library.register_fake("lightning_qlora::dequantize_4bit")
 def _fake(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    _check_format(dtype, blocksize, nested_blocksize, quant_type)
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
+) -> Tensor:  # fmt: skip
+    _check_format(dtype, *layout)
     return packed.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("lightning_qlora::dequantize_4bit.out")
 def _fake_out(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-    *,
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
     out: Tensor,
-) -> None:
-    _check_format(dtype, blocksize, nested_blocksize, quant_type)
+) -> None:  # fmt: skip
+    _check_format(dtype, *layout)
 
 
 def _cuda(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
+) -> Tensor:  # fmt: skip
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    _check(packed, absmax, code2, absmax2, offset, out.numel(), dtype, blocksize, nested_blocksize, quant_type)
-    _launch_on_device(packed, absmax, code2, absmax2, offset, blocksize, nested_blocksize, quant_type, out)
+    _check(packed, absmax, code2, absmax2, offset, out.numel(), dtype, *layout)
+    _launch_on_device(packed, absmax, code2, absmax2, offset, *layout, out)
     return out
 
 
 def _cuda_out(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-    *,
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
     out: Tensor,
-) -> None:
-    _check(packed, absmax, code2, absmax2, offset, math.prod(shape), dtype, blocksize, nested_blocksize, quant_type)
+) -> None:  # fmt: skip
+    _check(packed, absmax, code2, absmax2, offset, math.prod(shape), dtype, *layout)
     _check_out(out, packed, shape, dtype)
-    _launch_on_device(packed, absmax, code2, absmax2, offset, blocksize, nested_blocksize, quant_type, out)
+    _launch_on_device(packed, absmax, code2, absmax2, offset, *layout, out)
 
 
 def _launch_on_device(packed: Tensor, *args: Any) -> None:
@@ -619,41 +585,22 @@ def _launch_on_device(packed: Tensor, *args: Any) -> None:
 
 
 def _cpu(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
+) -> Tensor:  # fmt: skip
     numel = math.prod(shape)
-    _check(packed, absmax, code2, absmax2, offset, numel, dtype, blocksize, nested_blocksize, quant_type)
-    flat = _dequantize_cpu(
-        packed, absmax, code2, absmax2, offset, numel, dtype, blocksize, nested_blocksize, quant_type
-    )
+    _check(packed, absmax, code2, absmax2, offset, numel, dtype, *layout)
+    flat = _dequantize_cpu(packed, absmax, code2, absmax2, offset, numel, dtype, *layout)
     return flat.view(tuple(shape))
 
 
 def _cpu_out(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-    *,
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
     out: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     _check_out(out, packed, shape, dtype)
-    out.copy_(_cpu(packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type))
+    out.copy_(_cpu(packed, absmax, code2, absmax2, offset, shape, dtype, *layout))
 
 
 torch.library.impl("lightning_qlora::dequantize_4bit", "CUDA", _cuda)

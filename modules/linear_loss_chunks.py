@@ -215,8 +215,9 @@ def _raise_not_finite(inputs: Inputs) -> NoReturn:
 def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """``gradient * factor`` (0-dim, or one value a row) in ``dtype``, multiplied in float32 a slice at a time.
 
-    In place, a narrower ``dtype`` goes to the front of the same memory, which is contiguous then: a row is written where
-    only rows that have been read before it lay. The memory stays whole, but float32 sum and 16-bit gradient never exist side by side.
+    In place, a narrower ``dtype`` goes to the front of the same memory, which is contiguous then: a row is written
+    where only rows that have been read before it lay. The memory stays whole, but float32 sum and 16-bit gradient never
+    exist side by side.
     """
     factor = factor if gradient.dtype == torch.float64 else factor.float()
     factor = factor.reshape(-1, *[1] * (gradient.ndim - 1)) if factor.ndim else factor

@@ -33,13 +33,7 @@ from lightning_qlora.modules.compilation import CompileMode, compile_region
 from lightning_qlora.modules.linear_cross_entropy import LossHead
 from lightning_qlora.modules.nf4_linear import NF4Linear, copy_local_rows, keep_dtype, local_tensor
 from lightning_qlora.modules.offload_activations import offload_to_host
-from lightning_qlora.modules.weights import (
-    LoadReport,
-    SafetensorsCheckpoint,
-    check_weights,
-    load_weights,
-    prequantized_state,
-)
+from lightning_qlora.modules.weights import LoadReport, SafetensorsCheckpoint, check_weights, load_weights
 
 #: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -403,13 +397,12 @@ def build_llama(
     with torch.device("meta"):
         model = QLoRALlamaForCausalLM(config)
     model.attention_backend = None if attention == "eager" else attention
-    is_quantized = any(".quant_state.bitsandbytes__" in name for name in checkpoint)
     for parent_name, parent in list(model.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 name = f"model.{parent_name}.{attribute}.weight"
-                state = prequantized_state(checkpoint, name)
-                if state is not None or not is_quantized:
+                state = checkpoint.quant_state(name)
+                if state is not None or not checkpoint.is_quantized:
                     setattr(parent, attribute, _projection(child, state, dtype))
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:

@@ -30,7 +30,7 @@ from lightning_qlora.kernels.nf4 import dequantize_4bit, dequantize_quant_state
 from lightning_qlora.modules.adapters import check_plain_lora, read_adapter
 from lightning_qlora.modules.llama import load_config
 from lightning_qlora.modules.nf4_linear import Quantized4bit
-from lightning_qlora.modules.weights import INDEX_NAME, SafetensorsCheckpoint, prequantized_state
+from lightning_qlora.modules.weights import INDEX_NAME, SafetensorsCheckpoint
 
 #: What stands beside the weights in a transformers directory and holds as well for the merged model.
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
@@ -244,14 +244,13 @@ class _BaseWeights:
 
     def __init__(self, base: Path, quantize: bool) -> None:
         self.checkpoint = SafetensorsCheckpoint(base)
-        is_4bit = any(".quant_state.bitsandbytes__" in name for name in self.checkpoint)
-        if quantize and is_4bit:
+        if quantize and self.checkpoint.is_quantized:
             raise ValueError(f"{base} is quantized already: leave quantize_base off.")
         self.quantize = quantize
-        self.is_4bit = is_4bit or quantize
+        self.is_4bit = self.checkpoint.is_quantized or quantize
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        state = prequantized_state(self.checkpoint, name)
+        state = self.checkpoint.quant_state(name)
         shape = self.checkpoint.shape(name) if state is None else tuple(state["shape"])
         if shape != expected:
             raise ValueError(
@@ -261,7 +260,7 @@ class _BaseWeights:
     def dense(self, name: str) -> Tensor:
         """In the dtype that is stored; float32 where that is 4-bit."""
         stored = self.checkpoint.get(name)
-        state = prequantized_state(self.checkpoint, name)
+        state = self.checkpoint.quant_state(name)
         if state is not None:
             prefix = f"{name}."
             parts = {key: self.checkpoint.get(key) for key in self.checkpoint if key.startswith(prefix)}

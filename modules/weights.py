@@ -7,6 +7,7 @@ quantization span all rows; it is quantized on the layer's device and cut to the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -83,6 +84,7 @@ class SafetensorsCheckpoint:
         self.bytes_read = 0
         self._open = ExitStack()
         self._stored: dict[str, _Stored] = {}
+        self._quant_states: dict[str, dict[str, Any] | None] = {}
         index = self._read_index()
         if index is not None:
             missing = sorted({name for name in index.values() if not (self.directory / name).is_file()})
@@ -180,6 +182,36 @@ class SafetensorsCheckpoint:
         self.bytes_read += data.numel()
         return data
 
+    @functools.cached_property
+    def is_quantized(self) -> bool:
+        """Whether any tensor is stored in bitsandbytes' 4-bit format."""
+        return any(".quant_state.bitsandbytes__" in name for name in self)
+
+    def quant_state(self, name: str) -> dict[str, Any] | None:
+        """bitsandbytes' JSON description of a 4-bit tensor, read once, or ``None`` if it is stored unquantized.
+
+        Raises:
+            ValueError: If the description is damaged or incomplete.
+        """
+        if name not in self._quant_states:
+            self._quant_states[name] = self._read_quant_state(name)
+        return self._quant_states[name]
+
+    def _read_quant_state(self, name: str) -> dict[str, Any] | None:
+        for quant_type in ("nf4", "fp4"):
+            key = f"{name}.quant_state.bitsandbytes__{quant_type}"
+            if key in self:
+                nested = f"{name}.nested_absmax" in self
+                try:
+                    state: dict[str, Any] = json.loads(bytes(self.get(key).tolist()))
+                    missing = {"shape", "blocksize", "quant_type", *["nested_offset"] * nested} - state.keys()
+                except (ValueError, AttributeError) as error:
+                    raise ValueError(f"{self.directory}: {key!r} is damaged ({error}). Download it again.") from error
+                if missing:
+                    raise ValueError(f"{self.directory}: {key!r} lacks {sorted(missing)}. Quantize the model again.")
+                return {"nested_blocksize": 256, **state, "nested": nested}
+        return None
+
     def fingerprint(self) -> str:
         """16 hex digits that tell this model's weights from others', a finetune's of it among them.
 
@@ -211,27 +243,6 @@ class SafetensorsCheckpoint:
         return _DTYPES[stored]
 
 
-def prequantized_state(checkpoint: SafetensorsCheckpoint, weight_name: str) -> dict[str, Any] | None:
-    """bitsandbytes' JSON description of a 4-bit tensor in ``checkpoint``, or ``None`` if it is stored unquantized.
-
-    Raises:
-        ValueError: If the description is damaged or incomplete.
-    """
-    for quant_type in ("nf4", "fp4"):
-        key = f"{weight_name}.quant_state.bitsandbytes__{quant_type}"
-        if key in checkpoint:
-            nested = f"{weight_name}.nested_absmax" in checkpoint
-            try:
-                state: dict[str, Any] = json.loads(bytes(checkpoint.get(key).tolist()))
-                missing = {"shape", "blocksize", "quant_type", *(["nested_offset"] if nested else [])} - state.keys()
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{checkpoint.directory}: {key!r} is damaged ({error}). Download it again.") from error
-            if missing:
-                raise ValueError(f"{checkpoint.directory}: {key!r} lacks {sorted(missing)}. Quantize the model again.")
-            return {"nested_blocksize": 256, **state, "nested": nested}
-    return None
-
-
 @dataclass(frozen=True)
 class LoadReport:
     """What loading took.
@@ -261,7 +272,7 @@ def check_weights(model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: 
             _check(checkpoint, name, "shape", checkpoint.shape(name), tuple(target.shape))
             continue
         expected = (target.out_features, target.in_features)
-        state = prequantized_state(checkpoint, name)
+        state = checkpoint.quant_state(name)
         if state is None:
             _check(checkpoint, name, "shape", checkpoint.shape(name), expected)
             continue
@@ -337,7 +348,7 @@ def _chunk_rows(row_bytes: int) -> int:
 
 
 def _load_quantized(layer: NF4Linear, checkpoint: SafetensorsCheckpoint, name: str) -> None:
-    state = prequantized_state(checkpoint, name)
+    state = checkpoint.quant_state(name)
     if state is None:
         device = layer.code2.device if layer.code2 is not None else layer.weight.device
         weight = checkpoint.get(name).to(device)
