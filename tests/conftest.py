@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreT
 
 from lightning_qlora.modules.attention import choose_attention
 from lightning_qlora.modules.capabilities import capabilities
+from tests.distributed import RankPools
 
 transformers.utils.logging.disable_progress_bar()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; children would inherit it
@@ -79,6 +80,20 @@ def _save_4bit(source: Path, directory: Path, **options: object) -> Path:
     model.save_pretrained(directory)
     _save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def all_ranks() -> Iterator[RankPools]:
+    with RankPools() as pools:
+        yield pools
+
+
+@pytest.fixture(scope="module")
+def ranks(all_ranks: RankPools) -> Iterator[RankPools]:
+    """Groups of worker processes. Those of one and two ranks on the CPU stay for the next module that asks for them."""
+    yield all_ranks
+    # An idle rank holds 0.6 GB of memory, and on a GPU its CUDA context too.
+    all_ranks.end(lambda world_size, device: world_size > 2 or device != "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
 """Worker processes that tests hand functions to, so that many tests share the cost of starting ranks.
 
-    with RankPools() as ranks:
+    def test_something(ranks: RankPools) -> None:
         results = ranks.run(2, "cpu", function, *args)  # [result of rank 0, result of rank 1]
 
 ``function`` is a module-level function of a test module. Its asserts fail the test with the rank's own traceback.
 """
 
+import gc
 import importlib
 import os
 import pickle
@@ -46,8 +47,12 @@ class RankPools:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in self._pools.values():
-            pool.kill()
+        self.end(lambda world_size, device: True)
+
+    def end(self, which: Callable[[int, str], bool]) -> None:
+        """End the groups for whose number of ranks and kind of device ``which`` returns true."""
+        for key in [key for key in self._pools if which(*key)]:
+            self._pools.pop(key).kill()
 
     def run(self, world_size: int, device: str, function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
         """Call ``function(*args)`` on every rank at once, inside a process group; returns the results by rank.
@@ -124,14 +129,23 @@ def _serve(connection: Connection, device: str, store: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+    last_module, joined = None, 0
     while True:
         try:
             module, function, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return  # the test process is gone
+        if module != last_module:  # it inherits neither process groups, which hold threads and files, nor graphs
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()
+            gc.collect()
+            last_module, joined = module, joined + 1
+            dist.init_process_group(
+                backend, init_method=f"file://{store}{joined}", rank=rank, world_size=world_size,
+                timeout=timedelta(seconds=60),
+            )  # fmt: skip
         try:
             result = (True, getattr(importlib.import_module(module), function)(*args))
         except BaseException:

@@ -598,9 +598,3 @@ def test_the_worst_rank_is_shown(uneven: bool, tmp_path: Path, ranks: RankPools)
     assert section["graphs"] == (3 if uneven else 1)
     if uneven:
         assert (section["rank"], section["recompiles"], len(section["recompilations"])) == (1, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools

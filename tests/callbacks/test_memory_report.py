@@ -292,6 +292,7 @@ def test_every_field_is_documented_and_json(trainer: Make) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPools]:
+    """Of this module alone: what others leave in memory differs between ranks."""
     with RankPools() as pools:
         yield pools
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -268,14 +269,18 @@ def test_a_product_of_sharded_tensors_is_not_guessed(tmp_path: Path) -> None:
 
 
 def test_the_rate_of_this_machine_is_plausible_and_measured_once() -> None:
+    settings = CPU, torch.float32, torch.get_float32_matmul_precision(), torch.get_num_threads()
+    left, out = torch.randn(2, 1024, 1024)
+    rates, ratios = [], []
     began = perf_counter()
-    rate = _matmul_rate(CPU, torch.float32, None)
-    assert (rate.dtype, rate.size) == ("float32", 1024)
-    left = torch.randn(1024, 1024)
-    timed = min(_seconds_of(lambda: left @ left) for _ in range(10))
-    assert 0.05 < rate.flops_per_s / (2 * 1024**3 / timed) < 3
-    assert perf_counter() - began < 30
-    assert _matmul_rate(CPU, torch.float32, None) is rate
+    for _ in range(3):  # in turn: what else runs on the machine meanwhile slows both
+        rates.append(throughput_report._measure_matmul.__wrapped__(*settings))
+        timed = median(_seconds_of(lambda: torch.mm(left, left, out=out)) for _ in range(10))
+        ratios.append(rates[-1].flops_per_s / (2 * 1024**3 / timed))
+    assert perf_counter() - began < 60
+    assert {(rate.dtype, rate.size) for rate in rates} == {("float32", 1024)}
+    assert 0.6 < median(ratios) < 1.7
+    assert _matmul_rate(CPU, torch.float32, None) is _matmul_rate(CPU, torch.float32, None)
     assert _matmul_rate(CPU, torch.float32, 5.0).flops_per_s == 5.0
 
 
@@ -417,7 +422,7 @@ def test_figures_are_those_of_all_ranks(
 
     def gather(mine: Any) -> list[Any]:
         tokens, flops, rate, points = mine
-        gathered.append((mine, (3 * tokens, 3 * flops, 5 * rate, [3 * point for point in points])))
+        gathered.append((mine, type(mine)(3 * tokens, 3 * flops, 5 * rate, [3 * point for point in points])))
         return list(gathered[-1])
 
     monkeypatch.setattr(throughput_report, "gather", gather)

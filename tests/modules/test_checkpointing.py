@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from tests.distributed import RankPools
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FORMS = pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 class Project(L.LightningModule):

@@ -338,12 +338,6 @@ def fit(
     }
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
-
-
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 @pytest.mark.parametrize(("world_size", "device"), [*groups(1), *groups(2)])
 def test_twenty_steps_are_those_of_the_uncompiled_model(

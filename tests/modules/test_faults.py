@@ -36,12 +36,6 @@ from tests.distributed import RankPools, groups
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
-
-
 def trainer(device: str, strategy: Any, **options: Any) -> L.Trainer:
     saving = any(isinstance(callback, Checkpoint) for callback in options.get("callbacks", []))
     return L.Trainer(

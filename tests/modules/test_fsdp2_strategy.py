@@ -4,7 +4,6 @@ Bytes are compared, not values: bit patterns of packed weights include NaNs of e
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.strategies import build_strategy
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
 from tests.distributed import RankPools, groups
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightning_qlora.modules.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, 
 from lightning_qlora.modules.nf4_linear import NF4Linear, local_tensor
 from lightning_qlora.modules.optimizer import ShardAdamW
 from lightning_qlora.modules.weights import SafetensorsCheckpoint
-from tests.distributed import RankPools, groups
+from tests.distributed import groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,12 +42,6 @@ LORAS = {
 
 
 # ----------------------------------------------------------------------------------------------- what a rank holds
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 def held(directory: Path, lora: LoraConfig, device: str) -> dict[str, int]:

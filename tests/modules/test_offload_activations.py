@@ -194,12 +194,6 @@ def fit(directory: Path, device: str, offload: bool, cpu_offload: bool, backend:
     return {"kept": kept, "losses": losses, "adapters": adapters}
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
-
-
 @pytest.mark.parametrize(("world_size", "device"), groups(2))
 def test_sharded_training_is_the_same(
     ranks: RankPools, tiny_llama_4bit_dir: Path, world_size: int, device: str

@@ -1,7 +1,6 @@
 """AdamW, norms and scaling on shards against torch's own on whole tensors."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,6 @@ from lightning_qlora.modules.optimizer import ShardAdamW, global_norm, gradients
 from tests.distributed import RankPools, groups
 
 SHAPES = [(7, 5), (2, 3), (1, 4), (64,)]  # three ranks: rows that do not divide, and ranks without any
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 def values(seed: int) -> list[Tensor]:

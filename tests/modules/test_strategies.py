@@ -1,7 +1,7 @@
 """A QLoRA Llama under every strategy: equal losses, one another's checkpoints, stock libraries, and clear refusals."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,6 @@ from tests.distributed import RankPools, groups
 STEPS, SAVED_AT = 4, 2
 #: Samples of each micro-batch; ranks take every second one. The last of a step has nothing to learn from on rank 1.
 LENGTHS = [[12, 5], [7, 31], [9], []]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 def batch(lengths: list[int], seed: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightning_qlora.modules.weights import (
     check_weights,
     load_weights,
 )
-from tests.distributed import RankPools, groups
+from tests.distributed import groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,12 +266,6 @@ def test_loading_holds_a_few_chunks_beside_the_model_and_no_mapped_pages(tmp_pat
     assert report.seconds > 0
     # One chunk as stored, one converted, and what malloc keeps.
     assert max(peak, resident_bytes()) - start < 3.5 * CHUNK_BYTES
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPools]:
-    with RankPools() as pools:
-        yield pools
 
 
 def load_sharded(directory: Path, device: str) -> tuple[int, dict[str, Tensor]]:

@@ -89,6 +89,11 @@ def train(flags: Mapping[str, object]) -> Report:
     """Run to the end and return the report."""
     with Run(flags) as run:
         assert run.wait() == 0, run.text
+    return completed(flags)
+
+
+def completed(flags: Mapping[str, object]) -> Report:
+    """The report of a run that came to its end."""
     report = load_report(Path(str(flags["output_dir"])) / "report.json")
     assert report["status"] == "completed"
     assert len(report["losses"]) == flags["max_steps"]

@@ -208,6 +208,7 @@ def test_every_shape_can_be_asked_for(train_step, shapes):
         ({"strategy": "single", "devices": 2}, "'single' uses one device"),
         ({"peer": "accelerate"}, "needs --devices 2 or more GPUs"),
         ({"warmup": 0}, "--warmup must be at least 1"),
+        ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"memory_cap_gib": 14.5}, "there is no GPU"),
     ],
 )
@@ -302,8 +303,10 @@ def test_the_plan_is_within_a_tenth_of_every_recorded_peak(scripts):
     assert len(compared) > 5
 
 
-def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts):
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one(scripts, monkeypatch):
     t4_memory = import_module("t4_memory")
+    failed = SimpleNamespace(returncode=2, stderr="train_step.py: error: batch_size must be at least 1, got 0.")
+    monkeypatch.setattr(t4_memory.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="batch_size must be at least 1"):
         t4_memory.measure(t4_memory.Configuration("tiny", batch_size=0), "32-true", capped=False)
 

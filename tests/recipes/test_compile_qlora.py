@@ -1,29 +1,26 @@
-"""The recipe from its command line, with a tiny Llama and a backend that generates no code."""
+"""The recipe with a tiny Llama and a backend that generates no code: its comparison from the command line."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compile_qlora.py"
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(RECIPE), *arguments], capture_output=True, text=True, check=False)
-
-
-FLAGS = ["--backend=aot_eager_decomp_partition", "--seq_len=20", "--lora_r=4", "--max_steps=8"]
+FLAGS: dict[str, Any] = {"backend": "aot_eager_decomp_partition", "seq_len": 20, "lora_r": 4, "max_steps": 8}
 
 
 @pytest.fixture(scope="module")
-def recipe() -> Iterator[ModuleType]:
+def recipe(one_thread: None) -> Iterator[ModuleType]:
     """The recipe as a module; what it imports lies beside it."""
     sys.path.insert(0, str(RECIPE.parent))
     yield import_module(RECIPE.stem)
@@ -31,7 +28,11 @@ def recipe() -> Iterator[ModuleType]:
 
 
 def test_compiled_and_uncompiled_runs_side_by_side(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    done = run(f"--model={tiny_llama_dir}", f"--output_dir={tmp_path}", *FLAGS)
+    flags = FLAGS | {"model": tiny_llama_dir, "output_dir": tmp_path}
+    command = [sys.executable, str(RECIPE), *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     uncompiled, compiled = report["runs"]
@@ -51,16 +52,25 @@ def test_compiled_and_uncompiled_runs_side_by_side(tiny_llama_dir: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_16_bits_are_judged_by_a_second_uncompiled_run(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    done = run(f"--model={tiny_llama_dir}", f"--output_dir={tmp_path}", "--precision=bf16-mixed", *FLAGS)
-    assert done.returncode == 0, done.stderr
+def test_16_bits_are_judged_by_a_second_uncompiled_run(
+    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path, "precision": "bf16-mixed"}
+
+    def run_here(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[:-2] == [sys.executable, *sys.argv]
+        torch._dynamo.reset()  # a process of its own would have compiled nothing yet
+        return SimpleNamespace(returncode=recipe.main(**flags, run=command[-1]))
+
+    monkeypatch.setattr(recipe.subprocess, "run", run_here)
+    assert recipe.main(**flags) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["precision"] == "bf16-mixed"
     assert [each["run"] for each in report["runs"]] == ["off", "off again", "default"]
     _, again, compiled = report["runs"]
     assert 1e-5 < again["mean diff."] < 1e-2
     assert compiled["difference"] <= 1e-6  # the same operators in the same order
-    assert f"rounding explains {3 * again['mean diff.']:.2g}." in done.stdout.splitlines()[-1]
+    assert f"rounding explains {3 * again['mean diff.']:.2g}." in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -85,19 +95,17 @@ def test_losses_that_differ_by_more_than_rounding_are_a_failure(
     assert ("Losses agree" if status == 0 else "of 'default'") in capsys.readouterr().out
 
 
-def test_attention_and_window_are_those_asked_for(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    flags = [f"--model={tiny_llama_dir}", *FLAGS, "--run=off", "--attention=sdpa"]
+def test_attention_and_window_are_those_asked_for(recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    flags = FLAGS | {"model": str(tiny_llama_dir), "run": "off"}
     for window in (5, 1000):
-        done = run(*flags, f"--output_dir={tmp_path / str(window)}", f"--sliding_window={window}")
-        assert done.returncode == 0, done.stderr
+        given = {"attention": "sdpa", "sliding_window": window, "output_dir": tmp_path / str(window)}
+        assert recipe.main(**flags, **given) == 0
     narrow, wide = (json.loads((tmp_path / f"{w}/off/report.json").read_text())["losses"] for w in (5, 1000))
     assert abs(narrow[0] - wide[0]) > 1e-3
-    refused = run(*flags[:-1], "--attention=flex", f"--output_dir={tmp_path / 'flex'}")
-    assert refused.returncode == 2
-    assert "attention='flex' needs a GPU" in refused.stderr
+    with pytest.raises(ValueError, match="attention='flex' needs a GPU"):
+        recipe.main(**flags, attention="flex", output_dir=tmp_path / "flex")
 
 
-def test_samples_too_short_to_cut_are_refused(tmp_path: Path) -> None:
-    done = run("--seq_len=9", f"--output_dir={tmp_path}")
-    assert done.returncode == 2
-    assert "--seq_len must be at least 10" in done.stderr
+def test_samples_too_short_to_cut_are_refused(recipe: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--seq_len must be at least 10"):
+        recipe.main(seq_len=9, output_dir=tmp_path)

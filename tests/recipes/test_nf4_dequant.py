@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from lightning_qlora.modules.cli import run_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "nf4_dequant.py"
 BENCHMARK = ROOT / "recipes" / "benchmarks" / "nf4_dequant.py"
@@ -58,14 +60,16 @@ def test_check_finds_a_wrong_result(recipe: ModuleType, monkeypatch: pytest.Monk
         recipe.compare(shape, "cpu")
 
 
-def test_what_cannot_run_is_said(tmp_path: Path) -> None:
+def test_what_cannot_run_is_said(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, message in (
         ((), "There is no CUDA GPU to time: run with --check"),
         (("--check", "--iterations", "3"), "--iterations must be at least 4"),
     ):
-        result = run(RECIPE, *flags, "--output_dir", str(tmp_path / "new"))
-        assert result.returncode == 2
-        assert message in result.stderr
+        assert run_recipe(recipe.main, [*flags, "--output_dir", str(tmp_path / "new")]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     result = run(BENCHMARK, "--results", str(tmp_path))
     assert result.returncode == 2

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_links_and_paths_exist() -> None:
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_modules_named_can_be_imported() -> None:
+    names = re.findall(r"`(?:lightning_qlora\.)?((?:kernels|modules|callbacks)(?:\.\w+)?)`", README)
+    assert len(names) > 10
+    for name in names:
+        assert find_spec(f"lightning_qlora.{name}"), name
 
 
 def test_make_targets_exist() -> None:
