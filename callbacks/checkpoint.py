@@ -60,6 +60,7 @@ class StepCheckpoint(Checkpoint):
         self.every_n_steps, self.keep = every_n_steps, keep
         self.adapters = None if adapters is None else Path(adapters)
         self._steps_seen = 0
+        self._saved: Path | None = None  # of the latest step, as far as is known; the same on all ranks
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -69,18 +70,21 @@ class StepCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps_seen = trainer.global_step
+        self._saved = None
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._steps_seen:
             return  # gradients are still accumulating
         self._steps_seen = trainer.global_step
+        self._saved = None
         if trainer.global_step % self.every_n_steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._finish(trainer)
         name = f"step={trainer.global_step}"
         with self._surviving_a_full_disk(trainer):
             trainer.save_checkpoint(self.directory / f"{name}.ckpt", weights_only=False)
+            self._saved = self.directory / f"{name}.ckpt"
         if self.adapters is not None:
             self._save_adapter(trainer, pl_module, self.adapters / name)
         self._prune(trainer, self.keep)
@@ -89,6 +93,12 @@ class StepCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer)
         self._prune(trainer, self.keep)
+
+    def saved(self, trainer: pl.Trainer) -> Path | None:
+        """The checkpoint of the step just done, once it is on disk, or ``None``. All ranks must call it."""
+        if self._saved is not None:
+            self._finish(trainer)
+        return self._saved
 
     def _save_adapter(self, trainer: pl.Trainer, pl_module: Any, directory: Path) -> None:
         partial = directory.with_name(f"{directory.name}.partial")
@@ -119,6 +129,7 @@ class StepCheckpoint(Checkpoint):
             raised_on_all = alone or trainer.world_size == 1 or hasattr(trainer.strategy, "finish_saving")
             if not (no_space and raised_on_all):
                 raise
+            self._saved = self._saved if alone else None
             rank_zero_warn(f"The disk is full: {error}. Training goes on; all checkpoints but the latest make room.")
             self._prune(trainer, keep=1)
 
@@ -132,7 +143,8 @@ class StepCheckpoint(Checkpoint):
         ]
         # By age, not by step: after a resume from an older one, higher steps belong to a course that was given up.
         found.sort(reverse=True)
+        kept = {step for _, step, _ in found[:keep]}
         for _, step, path in found[keep:]:
             trainer.strategy.remove_checkpoint(path)
-            if self.adapters is not None:
+            if self.adapters is not None and step not in kept:
                 shutil.rmtree(self.adapters / f"step={step}", ignore_errors=True)

@@ -11,8 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
+
+from lightning_qlora.callbacks.checkpoint import StepCheckpoint
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # GNU timeout and some job launchers deliver one Ctrl-C twice, to the process and to its group: not a second wish.
@@ -26,7 +29,8 @@ class GracefulStop(Checkpoint):
 
     Any rank may receive the signal: after every optimizer step the ranks agree whether to stop, so that all of them
     save the same step, ``checkpoint_dir/interrupted-step=N.ckpt`` (a file, or a directory for strategies that save
-    shards), to be resumed by ``trainer.fit(..., ckpt_path=...)``. Afterwards::
+    shards), to be resumed by ``trainer.fit(..., ckpt_path=...)``. If :class:`StepCheckpoint` has just saved that step,
+    its checkpoint is the one. Afterwards::
 
         trainer.fit(module, data)
         if stop.signum is not None:
@@ -46,7 +50,8 @@ class GracefulStop(Checkpoint):
 
     What it does not do:
 
-    - A signal before the first step, or outside ``fit``, has its usual effect.
+    - A signal before training begins, or outside ``fit``, has its usual effect. A SIGTERM that Lightning put aside, to
+      train a step first and throw it away, ends ``fit`` before that step instead, with the exit code of SIGTERM.
     - One that arrives during validation waits for the validation and one more step. Validation that is due at the very
       step that is interrupted is skipped.
     - Ctrl-C in a terminal also reaches DataLoader workers. Those started before training end at once, which is harmless
@@ -63,7 +68,7 @@ class GracefulStop(Checkpoint):
     Attributes:
         signum: the signal that ended training, on all ranks; ``None`` if none did. The larger if ranks received
             different ones.
-        checkpoint_path: the checkpoint that was saved; ``None`` if no signal ended training.
+        checkpoint_path: the checkpoint to resume from; ``None`` if no signal ended training, or before its first step.
     """
 
     report_key = "graceful_stop"
@@ -92,16 +97,20 @@ class GracefulStop(Checkpoint):
 
     def report_section(self) -> dict[str, Any] | None:
         """For :class:`RunReport`: ``signal`` (its name) and ``checkpoint`` (a path), or nothing."""
-        if self.signum is None:
+        if self.checkpoint_path is None or self.signum is None:
             return None
         return {"signal": signal.Signals(self.signum).name, "checkpoint": str(self.checkpoint_path)}
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.signum = self.checkpoint_path = self._received = None
+            self._local_rank = trainer.local_rank
+            self._pid = os.getpid()
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signum = self.checkpoint_path = self._received = None
         self._global_step = trainer.global_step
-        self._local_rank = trainer.local_rank
-        self._pid = os.getpid()
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn(
                 "GracefulStop handles no signals in this run: Python lets only the main thread install signal handlers,"
@@ -112,6 +121,9 @@ class GracefulStop(Checkpoint):
             # A signal that was ignored from outside (a background job of a non-interactive shell) stays ignored.
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 self._previous[signum] = signal.signal(signum, self._handle)
+        # Before that, Lightning's handler took SIGTERM. All ranks end together: it may have reached this one alone.
+        if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+            raise SIGTERMException
 
     @override
     def on_train_batch_end(
@@ -126,12 +138,16 @@ class GracefulStop(Checkpoint):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The signal may have come after the last step (validation at the end, slow `on_train_epoch_end` hooks).
-        if self.signum is None:
-            self._save_if_signalled(trainer)
+        if self.signum is None and self._save_if_signalled(trainer):
+            for callback in _step_checkpoints(trainer):
+                callback.on_train_end(trainer, pl_module)  # again: there is one checkpoint more to count
         self._release(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # a SystemExit, to Lightning with status 0
+            self.signum = int(signal.SIGTERM)
+            exception.code = self.exit_code
         self._release(trainer)
 
     @override
@@ -178,8 +194,12 @@ class GracefulStop(Checkpoint):
             return False
         received = strategy.all_gather(torch.tensor([self._received or 0], device=strategy.root_device))
         self.signum = int(received.max())
-        self.checkpoint_path = self.checkpoint_dir / f"interrupted-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
+        saved = [path for callback in _step_checkpoints(trainer) if (path := callback.saved(trainer)) is not None]
+        if saved:
+            self.checkpoint_path = saved[0]
+        else:
+            self.checkpoint_path = self.checkpoint_dir / f"interrupted-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
         rank_zero_info(
             f"Stopped by {signal.Signals(self.signum).name} after step {trainer.global_step}."
             f" Resume from {self.checkpoint_path}"
@@ -192,3 +212,8 @@ class GracefulStop(Checkpoint):
         # `should_stop` alone would first validate, and would be ignored until `min_steps` or `min_epochs` is reached.
         trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = 0, None, None
         trainer.should_stop = True
+
+
+def _step_checkpoints(trainer: pl.Trainer) -> list[StepCheckpoint]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    return [callback for callback in callbacks if isinstance(callback, StepCheckpoint)]

@@ -23,8 +23,8 @@ class LossProgress(Callback):
 
     ``lr`` is the one the step used; ``grad`` the norm the module logged; ``tok/s`` of all ranks since the line before,
     validation left out; ``GiB`` the peak of rank 0 since the process started (GPU memory allocated by PyTorch, on CPU
-    the resident set); ``eta`` from the mean time of the steps so far, the first not counted. What is not known is left
-    out.
+    the resident set); ``eta`` from the mean time of the steps so far. Neither that nor the table's tokens per second
+    count the first step. What is not known is left out.
 
     Use it with ``Trainer(enable_progress_bar=False)``. Each line waits for the device once and costs one reduction of
     an integer over the ranks.
@@ -112,6 +112,8 @@ class LossProgress(Callback):
         due = step // self._interval > (step - sample.count) // self._interval
         if first or due or step == self._total_steps:
             self._print_step(trainer)
+        if first:  # it compiles and warms up
+            self._seconds, self._tokens = 0.0, 0
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

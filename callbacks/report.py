@@ -56,7 +56,8 @@ class Report(TypedDict):
     resumed_from_step  optimizer steps    where this process began; 0 if it was not resumed
     losses             as logged          ``losses[i]`` is what rank 0 logged for optimizer step i + 1 of the whole
                                           run, resumed or not
-    val_losses         as logged          pairs [optimizer steps done, loss] of the whole run
+    val_losses         as logged          pairs [optimizer steps done, loss] of the whole run, but for a validation
+                                          that was due at the step of a checkpoint from which a killed run was resumed
     tokens_per_s       tokens / s         all ranks, over the timed steps of this process; null without one
     step_time_s        s / optimizer step ``p50`` and ``p95`` over the timed steps of this process, on rank 0; null
                                           without one
@@ -69,7 +70,7 @@ class Report(TypedDict):
     strategy           --                 class name of the Lightning strategy
     precision          --                 as in ``Trainer(precision=...)``
     model              --                 ``metadata["model"]``, else null
-    metadata           --                 what else the recipe passed as ``metadata``
+    metadata           --                 what else the recipe passed as ``metadata`` to the process that wrote this
     versions           --                 of the packages that matter here, if installed, and of Python
     sections           --                 what other callbacks contributed, by their key, in a form that they document
                                           (``memory``: :class:`~lightning_qlora.callbacks.MemorySection`): see
@@ -126,7 +127,9 @@ class RunReport(Callback):
 
     Global rank 0 writes, into a temporary file that then replaces the old one: a reader never sees half a report. The
     losses so far are part of every checkpoint, so a resumed run's report covers the whole run; what the checkpoint
-    does not know (steps after it, that are done again) is dropped. Speed and memory are of this process alone.
+    does not know (steps after it, that are done again) is dropped. Speed and memory are of this process alone. If the
+    checkpoint is of the last step, and the process that wrote it was stopped before it had ended, the report of that
+    process becomes ``completed``.
 
     Losses are read from ``trainer.callback_metrics`` after each optimizer step and stay on the device until the report
     is written. With gradient accumulation this is what the module logged for the last micro-batch of the step, unless
@@ -213,9 +216,7 @@ class RunReport(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         done = self._resumed_from_step = trainer.global_step
-        # A checkpoint that was written without this callback knows no losses: the index must still be the step.
-        self._losses = self._losses[:done] + [math.nan] * (done - len(self._losses))
-        self._val_losses = [pair for pair in self._val_losses if pair[0] <= done]
+        self._forget_what_follows(done)
         self._start_time = (self._start_time if done else None) or _now()
         self._started = True
         self._steps.start(done)
@@ -272,7 +273,9 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Here, not in `on_train_end`: by now every other callback has ended too and knows what it has to report.
         if not self._started:
-            return  # resumed at its end: nothing was trained, and a report on nothing must not replace the run's own
+            if trainer.global_step > 0 and trainer.is_global_zero:
+                self._complete(trainer)
+            return
         stopped = any(isinstance(callback, GracefulStop) and callback.signum for callback in _callbacks(trainer))
         self._write(trainer, "interrupted" if stopped else "completed")
         self._started = False
@@ -293,6 +296,30 @@ class RunReport(Callback):
             self._write(trainer, status, f"{type(exception).__name__}: {exception}")
         except OSError as error:
             rank_zero_warn(f"RunReport could not write {self.path} ({error}); the run's own error follows.")
+
+    def _complete(self, trainer: pl.Trainer) -> None:
+        """Resumed at its end, nothing was trained: the figures are those of the process that did, if it left some."""
+        self._forget_what_follows(trainer.global_step)
+        try:
+            report = load_report(self.path)
+        except (OSError, ValueError):
+            self._write(trainer, "completed")
+            return
+        if report["status"] == "completed":
+            return
+        # The file may know the validation that came after the checkpoint.
+        val_losses = {step: loss for step, loss in report["val_losses"] if step <= trainer.global_step}
+        report["val_losses"] = sorted((val_losses | dict(self._val_losses)).items())
+        report["losses"] = list(self._losses)
+        report["status"], report["error"], report["end_time"] = "completed", None, _now()
+        report["global_step"] = trainer.global_step
+        report["sections"].pop(GracefulStop.report_key, None)
+        self._write_files(report)
+
+    def _forget_what_follows(self, step: int) -> None:
+        # A checkpoint that was written without this callback knows no losses: the index must still be the step.
+        self._losses = self._losses[:step] + [math.nan] * (step - len(self._losses))
+        self._val_losses = [pair for pair in self._val_losses if pair[0] <= step]
 
     def _drain_losses(self) -> None:
         pending, self._pending = self._pending, []
@@ -344,8 +371,11 @@ class RunReport(Callback):
             versions=_versions(),
             sections=_sections(trainer),
         )
+        self._write_files(report)
+
+    def _write_files(self, report: Report) -> None:
         write_json(self.path, report)
-        if self.html and status != "running":
+        if self.html and report["status"] != "running":
             # As a reader of the file would see it: JSON knows neither NaN nor tuples.
             write_html(load_report(self.path), self.path.with_suffix(".html"))
 

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
@@ -55,6 +56,11 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def as_metadata(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``flags``, which are ``locals()`` at the start of ``main``, as a report stores them: paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
 
 
 def positive(**values: int) -> None:

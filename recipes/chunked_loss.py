@@ -26,25 +26,23 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
+from benchmarks.shapes import SHAPES
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_qlora.modules import losses
 from lightning_qlora.modules.capabilities import capabilities, default_precision
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.hub import DEMO_MODEL, load_tokenizer, resolve_model
 from lightning_qlora.modules.linear_cross_entropy import linear_cross_entropy
 from lightning_qlora.modules.linear_loss import linear_loss
 from lightning_qlora.modules.llama import QLoRALlamaForCausalLM
 from lightning_qlora.modules.peak_memory import peak_mib
+from lightning_qlora.modules.run_directory import writable_directory
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
 
-LLAMA_1B = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-}  # fmt: skip
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-3, "16-mixed": 1e-3}
 SIZES = {"cuda": (128256, 2048, torch.float16), "cpu": (49152, 576, torch.float32)}  # vocabulary, hidden, dtype
 
@@ -124,7 +122,7 @@ def finetune(kind: type[LlamaForCausalLM], directory: Path | None, ids: Tensor, 
         model = kind.from_pretrained(directory, dtype=torch.float32)
     else:
         with torch.device(device):
-            model = kind(LlamaConfig(**LLAMA_1B))
+            model = kind(SHAPES["llama-3.2-1b"].config())
         L.seed_everything(0, verbose=False)  # the two kinds draw differently themselves
         for _, parameter in sorted(model.named_parameters()):
             torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.02)
@@ -159,6 +157,7 @@ def main(
     device = capabilities().device_type
     if max_steps < 0 or batch_size < 1 or seq_len < 2 or most_tokens < 8:
         raise ValueError("--max_steps must be at least 0, --batch_size 1, --seq_len 2 and --most_tokens 8.")
+    writable_directory(output_dir)
     directory = resolve_model(model or DEMO_MODEL) if max_steps and (model or device == "cpu") else None
     torch.manual_seed(0)
     found = differences(device)
@@ -181,7 +180,7 @@ def main(
     if max_steps:
         wanted = max_steps * batch_size * seq_len
         text = "\n".join(m["content"] for card in stdlib_api_cards() for m in card["messages"])[: 16 * wanted]
-        tokens = AutoTokenizer.from_pretrained(directory)(text)["input_ids"] if directory else list(text.encode())
+        tokens = load_tokenizer(directory)(text)["input_ids"] if directory else list(text.encode())
         ids = torch.tensor(tokens)[torch.arange(wanted) % len(tokens)].view(max_steps, batch_size, seq_len)
         runs = {"plain": LlamaForCausalLM, "chunked": QLoRALlamaForCausalLM}
         report["finetune"] = {name: finetune(kind, directory, ids, device) for name, kind in runs.items()}

@@ -4,10 +4,9 @@
     python recipes/compile_qlora.py --max_autotune --warm
 
 Batches take eight shapes in turn, single samples among them. Compiled are attention, MLP, norms and rotary embedding,
-on a GPU the loss too; all decoder layers are one graph, with 4-bit weights, adapters and the recomputation in backward.
-Each run is a process of its own with empty compiler caches, and fails if a graph breaks or there are more than seven:
-rotary embedding, layer, that of single samples, last norm, GPU's loss; validation's layer and loss. Speed is that of
-the second half of the steps.
+on a GPU the loss too; all decoder layers are one graph, with 4-bit weights, adapters and backward's recomputation. Each
+run is a process with empty compiler caches, timed in its second half, that fails if a graph breaks or there are more
+than seven: rotary embedding, layer, that of single samples, last norm, GPU's loss; validation's layer and loss.
 
 Ends with status 1 if losses differ by more than rounding: in float32 by 1e-5 (relative) in a step. In 16 bits one more
 uncompiled run has attention in plain products, which round elsewhere; compiled losses may be three times as far from
@@ -34,16 +33,16 @@ from benchmarks.shapes import checkpoint_of
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from lightning_qlora.callbacks import CompileReport, RunReport
 from lightning_qlora.modules.attention import AttentionName, choose_attention
 from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.hub import DEMO_MODEL, load_tokenizer, resolve_model
 from lightning_qlora.modules.llama import default_lora, load_config
 from lightning_qlora.modules.qlora import QLoRALlama
+from lightning_qlora.modules.run_directory import writable_directory
 from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
 
 
@@ -63,7 +62,7 @@ def read_text(directory: Path) -> Tensor:
     if not (directory / "tokenizer_config.json").is_file():
         return torch.randint(load_config(directory).vocab_size, (100_000,), generator=torch.Generator().manual_seed(0))
     text = "\n".join(message["content"] for card in stdlib_api_cards()[:500] for message in card["messages"])
-    return torch.tensor(AutoTokenizer.from_pretrained(directory)(text)["input_ids"])
+    return torch.tensor(load_tokenizer(directory)(text)["input_ids"])
 
 
 def save_plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
@@ -145,6 +144,7 @@ def main(
     positive(max_steps=max_steps, batch_size=batch_size)
     if seq_len < 10:
         raise ValueError(f"--seq_len must be at least 10, for the shortest samples have a fifth of it, got {seq_len}.")
+    writable_directory(output_dir)
     check_devices(devices)
     precision = check_precision(precision)
     choose_attention(  # refuses what it cannot do, before anything long

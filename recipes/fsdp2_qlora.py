@@ -21,7 +21,6 @@ from typing import Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers import AutoTokenizer
 
 from lightning_qlora.callbacks import (
     CompareAnswers,
@@ -36,10 +35,10 @@ from lightning_qlora.callbacks import (
 )
 from lightning_qlora.modules.attention import AttentionName, choose_attention
 from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
-from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.cli import as_metadata, positive, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
 from lightning_qlora.modules.data import ChatDataModule
-from lightning_qlora.modules.hub import DEMO_MODEL, base_name, resolve_model
+from lightning_qlora.modules.hub import DEMO_MODEL, base_name, load_tokenizer, resolve_model
 from lightning_qlora.modules.llama import check_offload, default_lora, load_config
 from lightning_qlora.modules.memory_plan import Settings, plan_memory
 from lightning_qlora.modules.qlora import QLoRALlama
@@ -123,6 +122,7 @@ def main(
         prompt: What to ask before and after training; default a held-out question of the data.
         dry_run: Print the predicted memory of each device, and end, with status 1 if a GPU has less.
     """
+    flags = as_metadata(locals())  # nothing else is local yet
     positive(
         max_steps=max_steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, num_nodes=num_nodes,
         timeout_minutes=timeout_minutes,
@@ -158,11 +158,11 @@ def main(
     if dry_run:
         return int(too_much is not None)
     run = RunDirectory(output_dir)
-    checkpoint = run.start(resume) if rank_zero_only.rank == 0 else run.latest_checkpoint() if resume else None
+    checkpoint = run.start(resume, flags) if rank_zero_only.rank == 0 else run.latest_checkpoint() if resume else None
 
     data = ChatDataModule(
-        AutoTokenizer.from_pretrained(directory), dataset, batch_size=batch_size, seq_len=seq_len, seed=seed,
-        val_samples=32, packing=packing,
+        load_tokenizer(directory), dataset, batch_size=batch_size, seq_len=seq_len, seed=seed, val_samples=32,
+        packing=packing, max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
     data.load()
     module = QLoRALlama(
@@ -186,7 +186,7 @@ def main(
             MemoryReport(predicted=plan.parts if device.device_type == "cuda" else None),
             ThroughputReport(),
             *([CompileReport()] if compile != "off" else []),
-            RunReport(run.report, html=True, metadata={"model": model, "dataset": dataset, "lora_r": lora_r}),
+            RunReport(run.report, html=True, metadata=flags),
             StepCheckpoint(run.checkpoints, save_every, adapters=run.adapters),
             stop,
         ],

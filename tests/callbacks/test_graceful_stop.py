@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_qlora.callbacks import GracefulStop, RunReport, load_report
+from lightning_qlora.callbacks import GracefulStop, RunReport, StepCheckpoint, load_report
 
 LOSSES = [4.0, 3.0, 2.5, 2.25, 2.0, 1.5, 1.25, 1.0]
 
@@ -107,6 +107,70 @@ def test_a_signal_after_the_last_step_is_not_lost(trainer: Make, module: Make, b
     again = trainer(enable_checkpointing=False)
     again.fit(module(fail_at=0), batches(LOSSES), ckpt_path=stop.checkpoint_path)  # nothing is left to train
     assert again.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("save_every", "at", "kept"),
+    [(2, 3, ["step=2", "step=4"]), (2, 99, ["step=4", "step=6"]), (4, 2, ["interrupted-step=3"])],
+    ids=["with a checkpoint", "after the last step", "without one"],
+)
+def test_a_step_that_has_a_checkpoint_gets_no_second_one(
+    save_every: int, at: int, kept: list[str], trainer: Make, module: Make, batches: Make, tmp_path: Path
+) -> None:
+    class Late(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            send(signal.SIGTERM, at=99)(at)
+
+    stop = GracefulStop(tmp_path / "ckpt")
+    fit = trainer(Late(), StepCheckpoint(tmp_path / "ckpt", save_every), stop, max_steps=6)
+    fit.fit(module(on_batch=send(signal.SIGTERM, at=at)), batches(LOSSES))
+    assert sorted(file.stem for file in (tmp_path / "ckpt").iterdir()) == kept
+    assert stop.checkpoint_path == tmp_path / "ckpt" / f"{kept[-1]}.ckpt"
+    assert stop.signum == signal.SIGTERM
+    again = module()
+    trainer(max_steps=6, enable_checkpointing=False).fit(again, batches(LOSSES), ckpt_path=stop.checkpoint_path)
+    whole = module()
+    trainer(max_steps=6, enable_checkpointing=False).fit(whole, batches(LOSSES))
+    assert again.weight.item() == whole.weight.item()
+
+
+def test_a_checkpoint_after_the_last_step_is_counted_too(
+    trainer: Make, module: Make, batches: Make, tmp_path: Path
+) -> None:
+    class Late(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    fit = trainer(Late(), StepCheckpoint(tmp_path, 2), GracefulStop(tmp_path), max_steps=5)
+    fit.fit(module(), batches(LOSSES))
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["interrupted-step=5", "step=4"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_sigterm_before_training_ends_it_before_a_step(
+    resumed: bool, trainer: Make, module: Make, batches: Make, tmp_path: Path
+) -> None:
+    """Lightning's handler takes it, and its loop would do a step first, forget it, and end with status 0."""
+    path, checkpoint = tmp_path / "report.json", None
+    if resumed:
+        trainer(RunReport(path), StepCheckpoint(tmp_path, 2), max_steps=2).fit(module(), batches(LOSSES))
+        checkpoint = tmp_path / "step=2.ckpt"
+
+    class Slow(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    stop = GracefulStop(tmp_path / "ckpt")
+    fit = trainer(Slow(), RunReport(path), stop)
+    with pytest.raises(SystemExit) as end:
+        fit.fit(module(fail_at=0), batches(LOSSES), ckpt_path=checkpoint)
+    assert (end.value.code, stop.signum, stop.exit_code, stop.checkpoint_path) == (143, signal.SIGTERM, 143, None)
+    report = load_report(path)
+    assert (report["status"], report["losses"]) == ("interrupted", LOSSES[: fit.global_step])
+    assert report["sections"] == {}
+    again = trainer(stop, max_steps=3)
+    again.fit(module(), batches(LOSSES))  # the same callback, in a run that nothing stops
+    assert (again.global_step, stop.signum, stop.exit_code) == (3, None, 0)
 
 
 def test_a_second_ctrl_c_stops_at_once(

@@ -55,6 +55,18 @@ def test_every_step_of_a_short_run(
     assert table["time"] == ["1m 48s", "4"]  # 4 x 2 s and two validations of 50 s
 
 
+def test_the_rate_of_the_table_leaves_out_the_first_step(
+    trainer: Make, module: Make, batches: Make, clock: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow_start(batch_idx: int) -> None:
+        clock.now += 500.0 if batch_idx == 0 else 0.0
+
+    trainer(LossProgress(), enable_checkpointing=False).fit(module(on_batch=slow_start), batches(LOSSES))
+    printed = capsys.readouterr().out
+    assert "step 1/4 | loss 4.0000 | lr 1.0e-01 | grad 0.43 | 0 tok/s" in printed
+    assert rows(printed)["tokens per second"][0] == "5"
+
+
 def test_a_long_run_prints_the_first_every_tenth_and_the_last_step(
     trainer: Make, module: Make, batches: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_qlora.callbacks import GracefulStop, Report, RunReport, load_report
+from lightning_qlora.callbacks import GracefulStop, Report, RunReport, StepCheckpoint, load_report
 from lightning_qlora.callbacks.report import _FIELDS, write_json
 
 LOSSES = [4.0, 3.0, 2.5, 2.25, 2.0, 1.5, 1.25, 1.0]
@@ -191,6 +191,31 @@ def test_resuming_a_finished_run_leaves_its_report(
     fit = trainer(RunReport(path), enable_checkpointing=False)
     fit.fit(module(), batches(LOSSES), ckpt_path=checkpoints.best_model_path)
     assert path.read_bytes() == before
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_completed_by_resuming(
+    path: Path, trainer: Make, module: Make, batches: Make, tmp_path: Path
+) -> None:
+    fit = trainer(RunReport(path), StepCheckpoint(tmp_path / "ckpt", 4), val_check_interval=4)
+    fit.fit(module(), batches(LOSSES), batches([9.0]))
+    completed = load_report(path)
+    # What the process wrote last, and what of it the file that is left must keep.
+    stopped = {"losses": LOSSES[:2], "global_step": 2, "end_time": None}
+    sections = {"graceful_stop": {}, "a": {"b": 1}}
+    for status in ("running", "interrupted"):
+        write_json(path, completed | stopped | {"status": status, "sections": sections})
+        fit = trainer(RunReport(path), enable_checkpointing=False)
+        fit.fit(module(fail_at=0), batches(LOSSES), batches([9.0]), ckpt_path=tmp_path / "ckpt" / "step=4.ckpt")
+        result = load_report(path)
+        assert result == completed | {"end_time": result["end_time"], "sections": {"a": {"b": 1}}}
+        assert (result["status"], result["losses"], result["val_losses"]) == ("completed", LOSSES[:4], [(4, 9.0)])
+        assert result["end_time"] is not None
+        assert "completed" in path.with_suffix(".html").read_text()
+    path.write_text("{")
+    fit = trainer(RunReport(path), enable_checkpointing=False)
+    fit.fit(module(fail_at=0), batches(LOSSES), ckpt_path=tmp_path / "ckpt" / "step=4.ckpt")
+    result = load_report(path)
+    assert (result["status"], result["losses"], result["global_step"]) == ("completed", LOSSES[:4], 4)
 
 
 def test_sections_of_other_callbacks_are_asked_for_after_their_end(

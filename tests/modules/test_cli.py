@@ -1,5 +1,6 @@
 """Flags made from a function signature, and that importing this package changes no other library."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.cli import as_metadata, positive, run_recipe
 
 CALLS: list[dict[str, object]] = []
 
@@ -68,6 +69,12 @@ def called(*args: str) -> dict[str, object]:
 )
 def test_flags_become_parameters(args, expected):
     assert called(*args) == expected
+
+
+def test_flags_become_metadata():
+    metadata = as_metadata(DEFAULTS)
+    assert metadata == DEFAULTS | {"output_dir": "out"}
+    assert json.loads(json.dumps(metadata)) == metadata
 
 
 def test_flags_come_from_a_file_and_the_command_line_wins(tmp_path):

@@ -1,6 +1,7 @@
-"""The main recipe by its command line: equal losses on one device, on two, in stock libraries, and after any death."""
+"""The main recipe: equal losses on one device, on two, in stock libraries, and after any death."""
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lightning_qlora.callbacks.report import load_report
+from lightning_qlora.callbacks.report import Report, load_report, write_json
 from lightning_qlora.modules import capabilities
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data import ChatDataModule
@@ -36,6 +37,7 @@ from tests.recipes.runs import (
     Run,
     arguments,
     checkpoints,
+    completed,
     difference,
     on,
     train,
@@ -44,13 +46,10 @@ from tests.recipes.runs import (
 # --------------------------------------------------------------------------------------------------------------- parity
 
 
-def save_aligned_llama(source: Path, directory: Path) -> Path:
-    """As ``tiny_llama_dir``, but with rows of whole blocks of 64: bitsandbytes' CPU kernel is wrong for others."""
-    shutil.copytree(source, directory)
-    config = LlamaConfig.from_pretrained(source, intermediate_size=192)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
+def train_in_pool(ranks: RankPools, devices: int, flags: Flags) -> Report:
+    """As ``train()``, with the ranks of a pool instead of the processes that the command line starts."""
+    assert ranks.run(devices, "cpu", run_here, flags) == [0] * devices
+    return completed(flags)
 
 
 def write_stock_adapter(model_dir: Path, directory: Path, r: int) -> Path:
@@ -128,13 +127,16 @@ def stock_losses(model_dir: Path, adapter: Path, flags: Mapping[str, Any]) -> li
 
 
 def test_two_devices_train_as_one_and_as_stock_libraries(
-    flags: Flags, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ranks: RankPools,
+    flags: Flags,
+    tiny_llama_dirs: Mapping[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model_dir = save_aligned_llama(tiny_llama_dir, tmp_path / "model")
+    model_dir = tiny_llama_dirs["aligned"]  # bitsandbytes' CPU kernel is wrong for rows that are not whole blocks
     adapter = write_stock_adapter(model_dir, tmp_path / "adapter", r=4)
     flags = flags | {"model": model_dir, "init_adapter": adapter}
-    two = train(flags | on(2, tmp_path / "two"))
-    one = train(flags | on(1, tmp_path / "one"))
+    two, one = (train_in_pool(ranks, n, flags | on(n, tmp_path / f"{n}")) for n in (2, 1))
     stock = stock_losses(model_dir, adapter, flags)
     to_one, to_stock = difference(two["losses"], one["losses"]), difference(two["losses"], stock)
     with capsys.disabled():
@@ -147,9 +149,9 @@ def test_two_devices_train_as_one_and_as_stock_libraries(
     assert len(two["val_losses"]) > 0
 
 
-def test_packed_rows_train_on_two_devices_as_on_one(flags: Flags, tmp_path: Path) -> None:
+def test_packed_rows_train_on_two_devices_as_on_one(ranks: RankPools, flags: Flags, tmp_path: Path) -> None:
     flags = flags | {"packing": True, "sliding_window": 40, "max_steps": 6, "timeout_minutes": 2}
-    two, one = (train(flags | on(devices, tmp_path / f"{devices}")) for devices in (2, 1))
+    two, one = (train_in_pool(ranks, n, flags | on(n, tmp_path / f"{n}")) for n in (2, 1))
     assert difference(two["losses"], one["losses"]) <= 1e-5
     assert two["losses"][-1] < two["losses"][0]
     data = two["sections"]["data"]
@@ -400,12 +402,11 @@ def run_here(flags: Flags) -> int:
 
 
 @pytest.fixture(scope="module")
-def sharded(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(ranks: RankPools, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run on two devices that wrote sharded checkpoints on the side. Read only."""
     output_dir = tmp_path_factory.mktemp("sharded") / "run"
-    with RankPools() as pools:
-        saving = {"sharded_checkpoints": True, "async_save": True, "max_steps": 3}
-        assert pools.run(2, "cpu", run_here, flags | on(2, output_dir) | saving) == [0, 0]
+    saving = {"sharded_checkpoints": True, "async_save": True, "max_steps": 3}
+    train_in_pool(ranks, 2, flags | on(2, output_dir) | saving)
     return output_dir
 
 
@@ -444,3 +445,43 @@ def test_a_checkpoint_of_other_data_is_refused_by_both_processes(flags: Flags, f
     assert "global_batch_size 4 -> 6" in run.text
     assert "Traceback" not in run.text
     assert contents(finished) == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_ended_by_resuming(
+    ranks: RankPools, flags: Flags, whole: Path, finished: Path
+) -> None:
+    """No step is left, and yet the ranks gather the adapter, and the report is the whole run's."""
+    before = load_report(whole / "report.json")
+    shutil.rmtree(finished / "adapter")
+    write_json(finished / "report.json", before | {"status": "running", "losses": [], "global_step": 0})
+    after = train_in_pool(ranks, 2, flags | on(2, finished) | {"resume": True})
+    assert after == before | {"end_time": after["end_time"]}
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (finished / adapter).read_bytes() == (whole / adapter).read_bytes()
+
+
+def test_a_run_without_a_checkpoint_is_not_overwritten(refused: Callable[..., None], finished: Path) -> None:
+    shutil.rmtree(finished / "checkpoints")
+    refused(r"no checkpoint to go on from.*--init_adapter \S*/finished/adapter", resume=True, output_dir=finished)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(refused: Callable[..., None], chats: Path) -> None:
+    refused(r"output_dir .*chats\.jsonl/run cannot be written \(NotADirectoryError", output_dir=chats / "run")
+
+
+def test_the_report_has_all_flags_and_a_resumed_run_names_those_that_changed(
+    refused: Callable[..., None], recipe: ModuleType, flags: Flags, whole: Path, finished: Path
+) -> None:
+    report = load_report(whole / "report.json")
+    written = {"model": report["model"], **report["metadata"]}
+    given = flags | on(2, whole)
+    assert written.keys() == inspect.signature(recipe.main).parameters.keys()
+    assert {name: written[name] for name in given} == {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items()
+    }
+    resume: Flags = {"resume": True, "output_dir": finished, "batch_size": 2}
+    with (
+        pytest.raises(AssertionError, match="training began"),
+        pytest.warns(UserWarning, match=r"last started: lr 0\.005 -> 0\.03\. lr has no effect"),
+    ):
+        refused("", **resume, lr=0.03)
