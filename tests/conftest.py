@@ -237,6 +237,17 @@ def one_process_group() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_group_left() -> Iterator[None]:
+    """For tests that train in this process: ends its process group, and takes back the variables of its rendezvous."""
+    environment = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
 def needs_attention() -> Callable[[str, torch.dtype], None]:
     """Skips a test where this GPU has no such attention, with the words in which a user is refused it."""
 

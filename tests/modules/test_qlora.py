@@ -1,15 +1,13 @@
 """The LightningModule on one device: the gradient of a step, what a checkpoint holds, and what is refused."""
 
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from peft import LoraConfig
@@ -35,14 +33,9 @@ pytestmark = [
 
 
 @pytest.fixture(params=STRATEGIES)
-def strategy(request, monkeypatch) -> Iterator[Callable[[], Strategy | str]]:
-    """Makes a strategy; afterwards its process group and environment variables are gone."""
-    environment = dict(os.environ)
-    yield STRATEGIES[request.param]
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
+def strategy(request, no_group_left) -> Callable[[], Strategy | str]:
+    """Makes a strategy."""
+    return STRATEGIES[request.param]
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "compile_qlora.py"
 FLAGS: dict[str, Any] = {"backend": "aot_eager_decomp_partition", "seq_len": 20, "lora_r": 4, "max_steps": 8}
 
 
+pytestmark = pytest.mark.usefixtures("no_group_left")
+
+
 @pytest.fixture(scope="module")
 def recipe(one_thread: None) -> Iterator[ModuleType]:
     """The recipe as a module; what it imports lies beside it."""
