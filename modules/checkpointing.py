@@ -109,7 +109,8 @@ class TrainedCheckpoints(Strategy):
             # the bias correction of all later ones.
             optimizer.state.clear()
             for of_parameter in state.get("state", {}).values():
-                of_parameter |= {key: 0 * value for key, value in of_parameter.items() if key == "step"}
+                if "step" in of_parameter:
+                    of_parameter["step"] = 0 * of_parameter["step"]
         return state
 
     @override

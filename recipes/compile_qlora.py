@@ -182,7 +182,7 @@ def compare(modes: list[str], warm: bool, output_dir: Path) -> int:
             for name in [mode, f"{mode} warm"] if warm and not mode.startswith("off") else [mode]:
                 print(f"--- {name}", flush=True)
                 if status := subprocess.run([sys.executable, *sys.argv, "--run", name], env=environment).returncode:
-                    return status
+                    return status if status > 0 else 128 - status  # as a shell tells of a signal
                 reports[name] = json.loads((output_dir / name / "report.json").read_text())
     first = next(iter(reports.values()))
     rows = [row(name, report, first) for name, report in reports.items()]

@@ -159,8 +159,9 @@ def main(
     names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
     names += [f"{name} {length}" for length in lengths for name in usable]
     names += [f"{name} varied" for name in usable] if compile != "off" else []
-    if isinstance(reports := run_all(names, output_dir), int):
-        return reports
+    if status := run_all(names):
+        return status
+    reports = {name: json.loads((output_dir / name / "report.json").read_text()) for name in names}
     first = reports[names[0]]
     table = [row(name, report, first) for name, report in reports.items()]
     print_table(table)
@@ -184,15 +185,13 @@ def main(
     return int(bool(differing))
 
 
-def run_all(names: list[str], output_dir: Path) -> dict[str, dict[str, Any]] | int:
-    """Call this recipe for each run and return the reports, or the exit status of the run that fails."""
-    reports = {}
+def run_all(names: list[str]) -> int:
+    """Call this recipe for each run; the exit status of the first that fails, or 0."""
     for name in dict.fromkeys(names):
         print(f"--- {name}", flush=True)
         if status := subprocess.run([sys.executable, *sys.argv, "--run", name], check=False).returncode:
             return status if status > 0 else 128 - status  # as a shell tells of a signal
-        reports[name] = json.loads((output_dir / name / "report.json").read_text())
-    return reports
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Runs of the main recipe, as a user starts it, for the tests beside this file."""
+"""Recipes as modules, and runs of the main one as a user starts it, for the tests beside this file."""
 
 import contextlib
+import importlib.util
 import os
 import queue
 import re
@@ -9,19 +10,38 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from time import monotonic
+from types import ModuleType
 from typing import Any
 
 from lightning_qlora.callbacks.report import Report, load_report
 from lightning_qlora.modules.checkpointing import read_checkpoint
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "fsdp2_qlora.py"
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE = RECIPES / "fsdp2_qlora.py"
 STEPS = 20
 GLOBAL_BATCH, ACCUMULATE = 4, 2
 BATCHES_AN_EPOCH = 7
 
 Flags = dict[str, object]
+
+
+@cache
+def recipe_module(name: str) -> ModuleType:
+    """A recipe as a module under a name of its own, for benchmarks have the same. What it imports lies beside it."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the command line looks up the types that annotations name
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
 
 
 def arguments(flags: Mapping[str, object]) -> list[str]:

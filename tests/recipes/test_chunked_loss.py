@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +14,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lightning_qlora.modules.llama import QLoRALlamaForCausalLM
+from tests.recipes.runs import RECIPES, recipe_module
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "chunked_loss.py"
+RECIPE = RECIPES / "chunked_loss.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,16 +48,8 @@ def test_report_says_that_nothing_changes_but_the_memory(tiny_llama_dir: Path, t
 
 
 @pytest.fixture(scope="module")
-def recipe() -> Iterator[ModuleType]:
-    """The recipe as a module under a name of its own: a benchmark has the same. What it imports lies beside it."""
-    spec = importlib.util.spec_from_file_location("chunked_loss_under_test", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(RECIPE.parent))
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(RECIPE.parent))
+def recipe() -> ModuleType:
+    return recipe_module("chunked_loss")
 
 
 def test_without_a_directory_both_kinds_of_model_start_from_the_same_weights(

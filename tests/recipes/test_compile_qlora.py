@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "compile_qlora.py"
+from tests.recipes.runs import RECIPES, recipe_module
+
+RECIPE = RECIPES / "compile_qlora.py"
 FLAGS: dict[str, Any] = {"backend": "aot_eager_decomp_partition", "seq_len": 20, "lora_r": 4, "max_steps": 8}
 
 
@@ -23,11 +23,8 @@ pytestmark = pytest.mark.usefixtures("no_group_left")
 
 
 @pytest.fixture(scope="module")
-def recipe(one_thread: None) -> Iterator[ModuleType]:
-    """The recipe as a module; what it imports lies beside it."""
-    sys.path.insert(0, str(RECIPE.parent))
-    yield import_module(RECIPE.stem)
-    sys.path.remove(str(RECIPE.parent))
+def recipe(one_thread: None) -> ModuleType:
+    return recipe_module("compile_qlora")
 
 
 def test_compiled_and_uncompiled_runs_side_by_side(tiny_llama_dir: Path, tmp_path: Path) -> None:

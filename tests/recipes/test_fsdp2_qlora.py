@@ -1,6 +1,5 @@
 """The main recipe: equal losses on one device, on two, in stock libraries, and after any death."""
 
-import importlib.util
 import inspect
 import json
 import math
@@ -9,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +29,6 @@ from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
 from tests.distributed import RankPools
 from tests.recipes.runs import (
     GLOBAL_BATCH,
-    RECIPE,
     STEPS,
     Flags,
     Run,
@@ -40,6 +37,7 @@ from tests.recipes.runs import (
     completed,
     difference,
     on,
+    recipe_module,
     train,
 )
 
@@ -209,19 +207,9 @@ def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fsdp2_qlora_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the command line looks up the types that annotations name
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    return load_recipe()
+    return recipe_module("fsdp2_qlora")
 
 
 def contents(directory: Path) -> dict[str, tuple[bytes, int]]:
@@ -398,7 +386,7 @@ def test_a_truncated_checkpoint_is_refused(refused: Callable[..., None], finishe
 
 def run_here(flags: Flags) -> int:
     """The recipe in this process, which is a rank of a pool."""
-    return run_recipe(load_recipe().main, arguments(flags))
+    return run_recipe(recipe_module("fsdp2_qlora").main, arguments(flags))
 
 
 @pytest.fixture(scope="module")

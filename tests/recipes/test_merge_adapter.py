@@ -1,8 +1,6 @@
 """The merge recipe by its command line: what it writes, says and refuses."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.llama import default_lora
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "merge_adapter.py"
+from tests.recipes.runs import recipe_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,12 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def merge(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """``merge(*flags)`` runs the recipe and returns its exit status and all that it printed."""
-    spec = importlib.util.spec_from_file_location("merge_adapter_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
+    recipe = recipe_module("merge_adapter")
 
     def run(*flags: object) -> tuple[int, str]:
         capfd.readouterr()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 from lightning_qlora.modules.cli import run_recipe
+from tests.recipes.runs import RECIPES, recipe_module
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "nf4_dequant.py"
-BENCHMARK = ROOT / "recipes" / "benchmarks" / "nf4_dequant.py"
+RECIPE = RECIPES / "nf4_dequant.py"
+BENCHMARK = RECIPES / "benchmarks" / "nf4_dequant.py"
 
 
 def run(script: Path, *flags: str, gpu: bool = False) -> subprocess.CompletedProcess[str]:
@@ -30,13 +29,7 @@ def run(script: Path, *flags: str, gpu: bool = False) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nf4_dequant_under_test", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return recipe_module("nf4_dequant")
 
 
 def test_check_needs_no_gpu() -> None:

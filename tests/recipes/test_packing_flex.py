@@ -7,8 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,15 +15,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from tests.recipes.runs import RECIPES, recipe_module
 
 
 @pytest.fixture(scope="module")
-def recipe(one_thread: None) -> Iterator[ModuleType]:
-    """The recipe as a module; what it imports lies beside it."""
-    sys.path.insert(0, str(RECIPES))
-    yield import_module("packing_flex")
-    sys.path.remove(str(RECIPES))
+def recipe(one_thread: None) -> ModuleType:
+    return recipe_module("packing_flex")
 
 
 def test_padded_and_packed_runs_side_by_side(
@@ -108,17 +103,16 @@ def test_rows_of_eight_lengths_share_their_graphs(tiny_llama_dir: Path, tmp_path
 
 
 def test_steps_have_the_same_samples_in_every_form(recipe: ModuleType) -> None:
-    steps_of = import_module("benchmarks.packed_steps")
     samples: list[Any] = [{"input_ids": [i] * (20 + i % 31), "labels": [i] * (20 + i % 31)} for i in range(1, 200)]
-    steps = steps_of.draw_steps(samples, [100, 200, 400], tokens=800, steps=9)
-    tokens = [sum(steps_of.token_counts(step)) for step in steps]
+    steps = recipe.draw_steps(samples, [100, 200, 400], tokens=800, steps=9)
+    tokens = [sum(recipe.token_counts(step)) for step in steps]
     assert all(0.8 * 800 < count <= 800 for count in tokens)
     assert len({step[0]["input_ids"][0] for step in steps}) == 9
     for batches, most in (
-        (steps_of.padded_batches(steps, 99), 1),
-        (steps_of.padded_batches(steps, 4), 8),
-        (steps_of.packed_batches(steps, [200]), 1),
-        (steps_of.packed_batches(steps, [50, 100, 150]), 1),
+        (recipe.padded_batches(steps, 99), 1),
+        (recipe.padded_batches(steps, 4), 8),
+        (recipe.packed_batches(steps, [200]), 1),
+        (recipe.packed_batches(steps, [50, 100, 150]), 1),
     ):
         assert {len(step) for step in batches} <= set(range(1, most + 1))
         assert len({len(step) for step in batches}) == 1  # as many micro-batches in each step
@@ -133,14 +127,13 @@ def test_steps_have_the_same_samples_in_every_form(recipe: ModuleType) -> None:
 
 def test_without_a_tokenizer_samples_have_the_usual_lengths(recipe: ModuleType, tmp_path: Path) -> None:
     LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
-    steps_of = import_module("benchmarks.packed_steps")
-    samples = steps_of.read_samples(tmp_path)
-    counts = steps_of.token_counts(samples)
+    samples = recipe.read_samples(tmp_path)
+    counts = recipe.token_counts(samples)
     # SmolLM2's tokenizer: 62 to 156, 86 on average.
     assert 60 < min(counts) < max(counts) < 160
     assert 82 < sum(counts) / len(counts) < 90
     assert max(max(sample["input_ids"]) for sample in samples) < 300
-    assert samples == steps_of.read_samples(tmp_path)
+    assert samples == recipe.read_samples(tmp_path)
 
 
 @pytest.mark.parametrize("lengths", [[300, 800], [800, 1700]])
