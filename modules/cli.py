@@ -6,6 +6,7 @@ import argparse
 import inspect
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -56,6 +57,16 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def run_again(*flags: str, **variables: str) -> int:
+    """Run this script once more in a process of its own, with its own flags, ``flags`` and environment ``variables``.
+
+    Returns:
+        Its exit status, as a shell tells it: 128 and more where a signal ended it.
+    """
+    status = subprocess.run([sys.executable, *sys.argv, *flags], env=os.environ | variables, check=False).returncode
+    return status if status >= 0 else 128 - status
 
 
 def as_metadata(flags: Mapping[str, Any]) -> dict[str, Any]:

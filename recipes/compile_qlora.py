@@ -20,8 +20,6 @@ shape, random weights, in 16 bits and about 4 GiB. Writes report.json and compar
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +28,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
-from benchmarks.shapes import checkpoint_of
+from benchmarks.shapes import model_directory
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,9 +36,9 @@ from torch.utils.data import DataLoader
 from lightning_qlora.callbacks import CompileReport, RunReport
 from lightning_qlora.modules.attention import AttentionName, choose_attention
 from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
-from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.cli import positive, run_again, run_recipe
 from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
-from lightning_qlora.modules.hub import DEMO_MODEL, load_tokenizer, resolve_model
+from lightning_qlora.modules.hub import load_tokenizer
 from lightning_qlora.modules.llama import default_lora, load_config
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.run_directory import writable_directory
@@ -158,7 +156,7 @@ def main(
     if run == "float32":
         precision, attention = "32-true", "auto"  # some attention is for 16 bits only
 
-    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    directory = model_directory(model)
     module = QLoRALlama(
         directory, default_lora(lora_r), checkpoint_activations=True, attention=attention, compile_backend=backend,
         compile="off" if run == "float32" else run.split()[0], sliding_window=sliding_window,  # type: ignore[arg-type]
@@ -181,11 +179,11 @@ def compare(uncompiled: list[str], modes: list[str], warm: bool, output_dir: Pat
     reports: dict[str, dict[str, Any]] = {}
     for mode in uncompiled + modes:
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
             for name in [mode, f"{mode} warm"] if warm and mode in modes else [mode]:
                 print(f"--- {name}", flush=True)
-                if status := subprocess.run([sys.executable, *sys.argv, "--run", name], env=environment).returncode:
-                    return status if status > 0 else 128 - status  # as a shell tells of a signal
+                caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+                if status := run_again("--run", name, **caches):
+                    return status
                 reports[name] = json.loads((output_dir / name / "report.json").read_text())
     first, exact = reports["off"], reports.get("float32", reports["off"])
     rows = [row(name, report, first, exact) for name, report in reports.items()]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, median
@@ -29,14 +28,13 @@ import lightning.pytorch as L
 import torch
 from benchmarks.attention import AttentionName, attentions_here, measure_attention
 from benchmarks.packed_steps import check_rows, draw_steps, packed_batches, padded_batches, read_samples, token_counts
-from benchmarks.shapes import checkpoint_of
+from benchmarks.shapes import model_directory
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
 from lightning_qlora.modules.capabilities import check_precision, compute_dtype
-from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.cli import positive, run_again, run_recipe
 from lightning_qlora.modules.compilation import CompileMode
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import default_lora, load_config
 from lightning_qlora.modules.qlora import QLoRALlama
 from lightning_qlora.modules.run_directory import writable_directory
@@ -137,7 +135,7 @@ def main(
     writable_directory(output_dir)
     precision = check_precision(precision)
     usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
-    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    directory = model_directory(model)
     samples = read_samples(directory)
     check_rows(samples, lengths, tokens)
     counts = token_counts(samples)
@@ -159,8 +157,10 @@ def main(
     names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
     names += [f"{name} {length}" for length in lengths for name in usable]
     names += [f"{name} varied" for name in usable] if compile != "off" else []
-    if status := run_all(names):
-        return status
+    for name in dict.fromkeys(names):
+        print(f"--- {name}", flush=True)
+        if status := run_again("--run", name):
+            return status
     reports = {name: json.loads((output_dir / name / "report.json").read_text()) for name in names}
     first = reports[names[0]]
     table = [row(name, report, first) for name, report in reports.items()]
@@ -183,15 +183,6 @@ def main(
     if differing := [each["run"] for each in table if each["difference"] > most]:
         print(f"The losses of {', '.join(differing)} differ by more than {most} from the first run's.", file=sys.stderr)
     return int(bool(differing))
-
-
-def run_all(names: list[str]) -> int:
-    """Call this recipe for each run; the exit status of the first that fails, or 0."""
-    for name in dict.fromkeys(names):
-        print(f"--- {name}", flush=True)
-        if status := subprocess.run([sys.executable, *sys.argv, "--run", name], check=False).returncode:
-            return status if status > 0 else 128 - status  # as a shell tells of a signal
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ import torch
 from attention import AttentionName, attentions_here, measure_attention
 from packed_steps import check_rows, draw_steps, packed_batches, read_samples
 from record import RESULTS, save_record
-from shapes import checkpoint_of
+from shapes import model_directory
 
 from lightning_qlora.modules.capabilities import check_precision, compute_dtype
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
 from lightning_qlora.modules.llama import load_config
 
 
@@ -45,7 +44,7 @@ def main(
     on_gpu = torch.cuda.is_available()
     lengths = lengths or ([2048, 8192] if on_gpu else [256, 1024])
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
-    directory = checkpoint_of("llama-3.2-1b") if model is None and on_gpu else resolve_model(model or DEMO_MODEL)
+    directory = model_directory(model)
     dtype = compute_dtype(check_precision("auto"))
     backends, refused = attentions_here(attentions or get_args(AttentionName), dtype)
     samples = read_samples(directory)

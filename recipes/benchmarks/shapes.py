@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig
 
+from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
 #: Where checkpoints of named shapes are kept.
@@ -141,6 +143,13 @@ def checkpoint_of(name: str, directory: Path = CHECKPOINTS, quantized: bool = Tr
     if any(getattr(config, size) != value for size, value in vars(shape).items()):
         raise ValueError(f"{path} holds a model of other sizes than {shape}. Remove it.")
     return path
+
+
+def model_directory(model: str | None) -> Path:
+    """Where a recipe's ``--model`` is; without one the demo model, on a GPU random weights of Llama-3.2-1B's shape."""
+    if model is None and torch.cuda.is_available():
+        return checkpoint_of("llama-3.2-1b")
+    return resolve_model(model or DEMO_MODEL)
 
 
 def _dense_weight(name: str, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from lightning_qlora.modules.cli import as_metadata, positive, run_recipe
+from lightning_qlora.modules.cli import as_metadata, positive, run_again, run_recipe
 
 CALLS: list[dict[str, object]] = []
 
@@ -141,6 +141,22 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, ow
     run_recipe(recipe, ["--steps", "77"])
     expected = {own: "backend:native"} if own else {names[0]: "expandable_segments:True"}
     assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
+@pytest.mark.parametrize(("ending", "status"), [("sys.exit(5)", 5), ("os.kill(os.getpid(), 9)", 137), ("", 0)])
+def test_a_script_runs_again_with_more_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, status: int
+) -> None:
+    script, output = tmp_path / "script.py", tmp_path / "output"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        f"pathlib.Path({str(output)!r}).write_text(repr((sys.argv[1:], os.environ['NEW'], os.environ['OLD'])))\n"
+        f"{ending}\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), "--steps=3"])
+    monkeypatch.setenv("OLD", "old")
+    assert run_again("--run", "a name", NEW="new") == status
+    assert output.read_text() == repr((["--steps=3", "--run", "a name"], "new", "old"))
 
 
 UNPATCHED = '''

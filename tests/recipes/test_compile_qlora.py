@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -57,13 +57,17 @@ def test_16_bits_are_judged_by_their_distance_from_float32(
 ) -> None:
     flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path, "precision": "bf16-mixed"}
 
-    def run_here(command: list[str], **_: Any) -> SimpleNamespace:
-        assert command[:-2] == [sys.executable, *sys.argv]
-        torch._dynamo.reset()  # a process of its own would have compiled nothing yet
-        return SimpleNamespace(returncode=recipe.main(**flags, run=command[-1]))
+    caches = set[str]()
 
-    monkeypatch.setattr(recipe.subprocess, "run", run_here)
+    def run_here(flag: str, run: str, TORCHINDUCTOR_CACHE_DIR: str, TRITON_CACHE_DIR: str) -> int:
+        assert flag == "--run"
+        caches.add(TORCHINDUCTOR_CACHE_DIR)
+        torch._dynamo.reset()  # a process of its own would have compiled nothing yet
+        return recipe.main(**flags, run=run)
+
+    monkeypatch.setattr(recipe, "run_again", run_here)
     assert recipe.main(**flags) == 0
+    assert len(caches) == 3  # each run compiles anew
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["precision"] == "bf16-mixed"
     assert [each["run"] for each in report["runs"]] == ["off", "float32", "default"]

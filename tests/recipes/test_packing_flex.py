@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,11 +33,11 @@ def test_padded_and_packed_runs_side_by_side(
     if torch.cuda.is_available():
         flags["attentions"] = ["sdpa"]
 
-    def run_here(command: list[str], **_: Any) -> SimpleNamespace:
-        assert command[:-2] == [sys.executable, *sys.argv]
-        return SimpleNamespace(returncode=recipe.main(**flags, run=command[-1]))
+    def run_here(flag: str, run: str) -> int:
+        assert flag == "--run"
+        return recipe.main(**flags, run=run)
 
-    monkeypatch.setattr(recipe.subprocess, "run", run_here)
+    monkeypatch.setattr(recipe, "run_again", run_here)
     assert recipe.main(**flags) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     first, second, *packed = report["runs"]
@@ -62,26 +62,25 @@ def test_padded_and_packed_runs_side_by_side(
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("child", "status"), [(2, 2), (-9, 137)])
 def test_the_exit_status_is_that_of_the_run_that_fails(
-    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: int, status: int
+    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
+    runs: list[str] = []
 
-    def fail(command: list[str], **_: Any) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(returncode=child)
+    def fail(flag: str, run: str) -> int:
+        runs.append(run)
+        return 137
 
-    monkeypatch.setattr(recipe.subprocess, "run", fail)
+    monkeypatch.setattr(recipe, "run_again", fail)
     flags: dict[str, Any] = {"model": str(tiny_llama_dir), "lengths": [800], "tokens": 1600, "max_steps": 1}
-    assert recipe.main(**flags, output_dir=tmp_path / "out") == status
-    assert len(commands) == 1
+    assert recipe.main(**flags, output_dir=tmp_path / "out") == 137
+    assert len(runs) == 1
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_at_once(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipe, "resolve_model", pytest.fail)
+    monkeypatch.setattr(recipe, "model_directory", pytest.fail)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/out"):
         recipe.main(model="any", output_dir=tmp_path / "file" / "out")
