@@ -34,12 +34,14 @@ from lightning_qlora.callbacks.dynamo import (
     CompileLog,
     Line,
     compiled_modules,
+    forward_lines,
     has_compiled_code,
     why_skipped,
 )
 from lightning_qlora.callbacks.measure import gather
 
 K = TypeVar("K")
+_BROKEN = "a graph break left its code to Python"
 _NOT_CALLED = "it was not called, or its code holds nothing that could be compiled"
 
 
@@ -350,19 +352,24 @@ class CompileReport(Callback):
         compiled = compiled_modules(root)
         regions = {item.region for item in self._compilations if item.has_graph and item.region is not None}
         for name, module in compiled.items():
-            if any(region == name or region.startswith(f"{name}.") for region in regions):
+            if any(_is_in(region, name) for region in regions):
                 continue
-            if any(name.startswith(f"{other}.") for other in compiled):
+            if any(name != other and _is_in(name, other) for other in compiled):
                 continue  # traced as a part of the module around it, if that is
             if not has_compiled_code(module):  # perhaps of an earlier fit
                 yield name, module
+
+    def _why_no_graph(self, module: nn.Module) -> str:
+        broken = {item.function for item in self._compilations if item.breaks}
+        return why_skipped(module) or (_NOT_CALLED if broken.isdisjoint(forward_lines(module)) else _BROKEN)
 
     def _local_section(self, root: pl.LightningModule) -> CompileSection:
         counts = _counts(self._compilations)
         return CompileSection(
             **counts,
             rank=self._rank,
-            compiled_modules=len(compiled_modules(root)),
+            # Of a LightningModule, torch.compile's wrapper is taken off by Lightning, which leaves this mark.
+            compiled_modules=len(compiled_modules(root)) + (getattr(root, "_compiler_ctx", None) is not None),
             limits={
                 "fail_on_graph_break": self.fail_on_graph_break,
                 "max_graphs": self.max_graphs,
@@ -379,7 +386,7 @@ class CompileReport(Callback):
             breaks=_breaks(root, self._compilations),
             recompilations=_recompilations(root, self._compilations),
             uncompiled=[
-                UncompiledModule(region=_display(root, name), reason=why_skipped(module) or _NOT_CALLED)
+                UncompiledModule(region=_display(root, name), reason=self._why_no_graph(module))
                 for name, module in self._without_graph(root)
             ],
             elsewhere=[
@@ -456,6 +463,11 @@ def _incident(
 
 def _display(root: nn.Module, region: str | None) -> str:
     return region or type(root).__name__
+
+
+def _is_in(name: str, outer: str) -> bool:
+    """Whether the module ``name`` is ``outer`` or a part of it; the root is called ``""``."""
+    return name == outer or not outer or name.startswith(f"{outer}.")
 
 
 def _grouped(

@@ -52,6 +52,8 @@ _FIELDS = {
         "inductor_fx_remote_cache_hit_count", "inductor_fx_remote_cache_miss_count",
     },
 }  # fmt: skip
+# Methods of a LightningModule through which other code is called: the optimizer's, the data module's.
+_RELAYS = {"optimizer_step", "_apply_batch_transfer_handler", "_call_batch_hook"}
 _GUARD_ID = re.compile(r"^[!\d/]+: ")  # which of the compiled versions the guard belongs to
 _GUARD_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
@@ -143,7 +145,8 @@ class CompileLog(Generic[C]):
 
     A compilation is the root's if a call of one of its modules, or one of its methods, is on the interpreter's stack; a
     backward belongs where its forward did. The method ``optimizer_step`` does not count: an optimizer that compiles
-    itself, and what runs in its closure besides the model, are not the model.
+    itself, and what runs in its closure besides the model, are not the model; nor do the methods by which Lightning
+    calls a data module's hooks.
 
     Args:
         root: the module whose compilations are told apart from others; modules may be added later.
@@ -309,6 +312,11 @@ def has_compiled_code(module: nn.Module) -> bool:
     return any(cache_entries(code) for part in parts for code in _codes(part.forward))
 
 
+def forward_lines(module: nn.Module) -> set[Line]:
+    """Where ``forward`` of ``module``, and what it wraps, is defined: as :attr:`Compilation.function` says it."""
+    return {Line(*_key(code)) for code in _codes(module.forward)}
+
+
 def why_skipped(module: nn.Module) -> str | None:
     """Why torch.compile passes over ``module`` in silence; ``None`` if there is no reason to be seen in it."""
     if "forward" in vars(module):
@@ -336,9 +344,9 @@ def _internals() -> SimpleNamespace:
             found[name] = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise RuntimeError(_moved(f"{module}.{attribute}")) from error
-        known = {f.name for f in fields(found[name])} if name != "wrapper" and name in _FIELDS else set()
-        for missing in sorted(_FIELDS.get(name, set()) - known):
-            raise RuntimeError(_moved(f"{module}.{attribute}.{missing}"))
+    for name, needed in _FIELDS.items():
+        for missing in sorted(needed - {known.name for known in fields(found[name])}):
+            raise RuntimeError(_moved(".".join([*_NAMES[name], missing])))
     if not hasattr(nn.Module, "_compiled_call_impl"):
         raise RuntimeError(_moved("torch.nn.Module._compiled_call_impl"))
     return SimpleNamespace(**found)
@@ -396,7 +404,7 @@ def _methods(cls: type) -> Iterator[tuple[str, int, str]]:
         for name, value in vars(base).items():
             function = inspect.unwrap(value) if callable(value) else None
             # A call of forward is seen as the call of its module, which also says of which instance.
-            if name not in ("forward", "optimizer_step") and inspect.isfunction(function):
+            if name != "forward" and name not in _RELAYS and inspect.isfunction(function):
                 yield _key(function.__code__)
 
 

@@ -351,6 +351,26 @@ def test_what_others_compile_is_listed_apart(fit: Make) -> None:
     assert (rest["graphs"], rest["graph_breaks"]) == (2, 0)  # what followed the break
 
 
+def test_what_a_data_module_compiles_is_not_the_models(trainer: Make) -> None:
+    """Lightning calls its hooks through a method of the model."""
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return batches(2)
+
+        def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+            return torch.compile(_augment, backend="eager")(batch)
+
+    report = CompileReport()
+    run = trainer(report, max_steps=1, num_sanity_val_steps=0, enable_checkpointing=False)
+    run.fit(Module(Net("clean")), datamodule=Data())
+    section = report.report_section()
+    assert section is not None
+    assert (section["graphs"], section["graph_breaks"]) == (1, 0)
+    assert section["elsewhere"][0]["source"].endswith(" in _augment")
+    assert section["elsewhere"][0]["graph_breaks"] == 1
+
+
 @pytest.mark.parametrize("fail", [True, False])
 @pytest.mark.parametrize("kind", ["built-in", "replaced"])
 def test_a_compiled_module_that_torch_passes_over(kind: str, fail: bool, fit: Make, recwarn: Any) -> None:
@@ -396,6 +416,48 @@ def test_torch_compile_of_a_module_and_of_a_function(fit: Make) -> None:
     assert {region["region"] for region in section["regions"]} <= {"net", "net.0", "net.1"}
     # Twice: in the Sequential around it, and in the block, which torch compiles by itself then.
     assert [found["line"] for found in section["breaks"]] == [planted("print")] * 2
+
+
+@pytest.mark.parametrize(("kind", "breaks"), [("clean", False), ("print", True)])
+def test_a_module_compiled_whole_with_compiled_parts(kind: str, breaks: bool, trainer: Make) -> None:
+    """Parts are in the graph of the whole; if that breaks in a loop, they are what has graphs."""
+
+    class Whole(Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.net.blocks:
+                x = block(x)
+            return x
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self(batch).square().mean()
+
+    module, report = Whole(Net(kind)), CompileReport(fail_on_graph_break=False)
+    module.compile(backend="aot_eager")
+    trainer(report, max_steps=1, num_sanity_val_steps=0, enable_checkpointing=False).fit(module, batches(2))
+    section = report.report_section()
+    assert section is not None
+    assert (section["compiled_modules"], section["graph_breaks"] > 0, section["uncompiled"]) == (3, breaks, [])
+
+
+def test_a_module_left_to_python_by_a_break_was_called(fit: Make) -> None:
+    """And so is the second block, which has the same code."""
+    section = fit(CompileReport(fail_on_graph_break=False), Net("loop"), 2)
+    assert section["uncompiled"] == [
+        {"region": f"net.blocks.{index}", "reason": "a graph break left its code to Python"} for index in (0, 1)
+    ]
+
+
+def test_a_module_that_lightning_compiles(trainer: Make) -> None:
+    class Plain(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(batch).square().mean()
+
+    report = CompileReport()
+    run = trainer(report, max_steps=1, num_sanity_val_steps=0, enable_checkpointing=False)
+    run.fit(torch.compile(Plain(Block()), backend="aot_eager"), batches(2))
+    section = report.report_section()
+    assert section is not None
+    assert (section["compiled_modules"], section["graphs"], section["uncompiled"]) == (1, 1, [])
 
 
 def test_a_model_that_compiles_nothing(fit: Make, capsys: pytest.CaptureFixture[str]) -> None:
