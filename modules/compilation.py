@@ -46,22 +46,22 @@ def compile_region(
     and their dtypes.
 
     Args:
-        module: Not one of torch's own classes, whose ``forward`` torch.compile leaves alone without a word.
+        module: Its ``forward`` is not one of torch's own, which torch.compile leaves alone, often without a word.
         mode: How hard to look for fast code; ``"off"`` does nothing.
         backend: Another backend of torch.compile. ``"aot_eager"`` makes the same graphs quickly and runs them as they
             are.
 
     Raises:
-        ValueError: For an unknown mode, a mode that the backend does not know, or a module of ``torch.nn``.
+        ValueError: For an unknown mode, a mode that the backend does not know, or a ``forward`` of ``torch.nn``.
     """
     if check_compile_mode(mode) == "off":
         return
     if backend != "inductor" and mode != "default":
         raise ValueError(f"compile={mode!r} is a mode of Inductor, which backend {backend!r} does not know.")
-    if type(module).__module__.startswith("torch."):
+    if type(module).forward.__module__.startswith("torch."):
         raise ValueError(
-            f"torch.compile would leave {type(module).__name__} as it is, because the class is torch's own. Compile a "
-            "module around it."
+            f"torch.compile would leave {type(module).__name__} as it is, because its forward is torch's own. Compile "
+            "a module around it."
         )
     module.compile(fullgraph=True, backend=backend, mode=_INDUCTOR_MODES[mode])
     learns = any(parameter.requires_grad for parameter in module.parameters())

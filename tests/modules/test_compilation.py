@@ -477,9 +477,14 @@ def test_a_mode_that_the_backend_does_not_know_is_refused(tiny_llama_dir):
         compile_region(load(tiny_llama_dir).model.layers[0], "max-autotune", backend="aot_eager")
 
 
-def test_a_module_that_torch_would_not_compile_is_refused():
-    with pytest.raises(ValueError, match="would leave Linear as it is, because the class is torch's own"):
-        compile_region(nn.Linear(2, 2))
+class WithoutForward(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, WithoutForward])
+def test_a_module_that_torch_would_not_compile_is_refused(cls):
+    with pytest.raises(ValueError, match=f"would leave {cls.__name__} as it is, because its forward is torch's own"):
+        compile_region(cls(2, 2))
     module = nn.Linear(2, 2)
     compile_region(module, "off")
     assert module._compiled_call_impl is None
