@@ -329,7 +329,7 @@ def _line_plot(lines: Sequence[_Line], x_label: str, y_label: str, *, from_zero:
     ys = [y for line in lines for _, y in line.points if y is not None]
     x_ticks = _ticks(min(xs), max(xs), whole=True)
     y_ticks = _ticks(0.0 if from_zero else min(ys), max(ys))
-    left, right, top, bottom = 52, 12, 30, 40
+    left, right, top, bottom = 52, 20, 30, 40
     width, height = _WIDTH - left - right, 190
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     y_low, y_high = min(y_ticks[0], 0.0 if from_zero else min(ys)), max(y_ticks[-1], max(ys))

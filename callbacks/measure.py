@@ -22,7 +22,8 @@ from typing_extensions import override
 GIB = 2**30
 
 MemoryKind = Literal["cuda_max_allocated", "process_peak_rss"]
-TokensFn = Callable[[Any], int | Tensor | None]
+Count = int | Tensor | None  # a tensor if it lives on an accelerator; None if it is not known
+TokensFn = Callable[[Any], Count]
 T = TypeVar("T")
 
 # What Lightning calls two moments that no callback hook marks, when it reports them to the trainer's profiler.
@@ -30,7 +31,7 @@ SAVE_CHECKPOINT = "save_checkpoint"
 FETCH_BATCH = "[_TrainingEpochLoop].train_dataloader_next"
 
 
-def count_tokens(batch: Any) -> int | Tensor | None:
+def count_tokens(batch: Any) -> Count:
     """Tokens of one micro-batch on this rank.
 
     ``batch["num_tokens"]`` if there (an int, or an integer tensor of any shape whose sum is meant), else the number of
@@ -47,6 +48,11 @@ def count_tokens(batch: Any) -> int | Tensor | None:
         return int(count.sum()) if count.device.type == "cpu" else count.sum()
     ids = batch.get("input_ids")
     return ids.numel() if isinstance(ids, Tensor) else None
+
+
+def plus(total: Count, more: Count) -> Count:
+    """Their sum, which is not known if one of them is not."""
+    return None if total is None or more is None else total + more
 
 
 # CUDA device index -> bytes that the allocator's peak had reached before it was last reset. One a process, as the
@@ -122,7 +128,7 @@ class StepSample:
 
     count: int
     seconds: float
-    tokens: int | Tensor | None
+    tokens: Count
 
 
 class StepMeter:
@@ -138,7 +144,7 @@ class StepMeter:
 
     def __init__(self, tokens_fn: TokensFn = count_tokens) -> None:
         self._tokens_fn = tokens_fn
-        self._tokens: int | Tensor | None = 0
+        self._tokens: Count = 0
         self._global_step = 0
         self._step_began = 0.0
         self._pause_began = 0.0
@@ -159,8 +165,7 @@ class StepMeter:
 
     def update(self, batch: Any, global_step: int) -> StepSample | None:
         """Count a micro-batch that has just ended; a sample if it completed an optimizer step, else ``None``."""
-        tokens = self._tokens_fn(batch)
-        self._tokens = None if tokens is None or self._tokens is None else self._tokens + tokens
+        self._tokens = plus(self._tokens, self._tokens_fn(batch))
         count = global_step - self._global_step
         if count == 0:
             return None
@@ -190,7 +195,7 @@ class TimedSteps:
         self._first_step = 0
         self.pause, self.resume = self._meter.pause, self._meter.resume
         self.seconds: list[float] = []
-        self.tokens: int | Tensor | None = 0
+        self.tokens: Count = 0
 
     def start(self, global_step: int) -> None:
         """Begin to measure; ``global_step`` is the number of optimizer steps done before."""
@@ -204,7 +209,7 @@ class TimedSteps:
         if step is None or global_step - self._first_step <= self.warmup_steps:
             return step, False
         self.seconds += [step.seconds / step.count] * step.count
-        self.tokens = None if step.tokens is None or self.tokens is None else self.tokens + step.tokens
+        self.tokens = plus(self.tokens, step.tokens)
         return step, True
 
     def step_time_s(self) -> dict[str, float] | None:

@@ -14,6 +14,8 @@ For any LightningModule::
         print(phase, peak["allocated_peak_bytes"], peak["host_rss_bytes"])
 """
 
+import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast, get_args
@@ -154,7 +156,6 @@ class MemoryReport(Callback):
             if count < 0:
                 raise ValueError(f"predicted[{part!r}] is {count}, but it is a number of bytes: pass 0 or more")
         self.predicted = None if predicted is None else dict(predicted)
-        self._process = psutil.Process()
         self._device = torch.device("cpu")
         self._phase: Phase | None = None
         self._peaks: dict[Phase, _Peaks] = {}
@@ -168,7 +169,6 @@ class MemoryReport(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != TrainerFn.FITTING:
             return
-        self._process = psutil.Process()  # a launcher may have forked since this callback was made
         self._device = trainer.strategy.root_device
         self._peaks, self._host_peak, self._host_peak_phase = {}, peak_rss_bytes(), None
         self._ranks = None
@@ -228,19 +228,18 @@ class MemoryReport(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop()
 
-    def report_section(self) -> Mapping[str, Any] | None:
-        """The section :class:`MemorySection`; ``None`` before there is a run."""
+    def report_section(self) -> MemorySection | None:
+        """What was measured so far; ``None`` before there is a run."""
         if self._phase is None and self._ranks is None and not self._peaks:
             return None
         ranks = self._all_ranks()
         peaks = [rank["allocated_peak_bytes"] for rank in ranks if rank["allocated_peak_bytes"] is not None]
         total = sum((self.predicted or {}).values())
-        section = MemorySection(
+        return MemorySection(
             ranks=ranks,
             predicted_bytes=self.predicted,
             measured_to_predicted=max(peaks) / total if peaks and total else None,
         )
-        return cast(Mapping[str, Any], section)
 
     def table(self) -> Table:
         """The figures for people: of each phase, the most that any rank needed, in GiB."""
@@ -281,7 +280,7 @@ class MemoryReport(Callback):
             peaks.allocated = max(peaks.allocated, peak.allocated)
             peaks.allocated_end = max(peaks.allocated_end, peak.allocated_now)
             peaks.reserved = max(peaks.reserved, peak.reserved)
-        rss = self._process.memory_info().rss
+        rss = _process(os.getpid()).memory_info().rss
         peaks.rss = max(peaks.rss, rss)
         # Linux keeps the peak from counters that lag a little behind those of the resident set.
         if (host_peak := max(peak_rss_bytes(), rss)) > self._host_peak:
@@ -328,6 +327,12 @@ class MemoryReport(Callback):
             outside_allocator_bytes=outside,
             device_bytes=device_bytes,
         )
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    # Not an attribute: it cannot be pickled, as a launcher that spawns processes does with callbacks.
+    return psutil.Process(pid)
 
 
 def _gib(count: int) -> str:

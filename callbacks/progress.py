@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.callbacks.measure import GIB, StepMeter, TokensFn, count_tokens, peak_memory_bytes
+from lightning_qlora.callbacks.measure import GIB, Count, StepMeter, TokensFn, count_tokens, peak_memory_bytes, plus
 
 
 class LossProgress(Callback):
@@ -68,14 +68,15 @@ class LossProgress(Callback):
         self._val_losses: list[tuple[int, float]] = []
         self._step_seconds = 0.0  # without the first step
         self._line_seconds = 0.0
-        self._line_tokens: int | Tensor | None = 0
+        self._line_tokens: Count = 0
         self._seconds = 0.0
-        self._tokens: int | None = 0
+        self._tokens: Count = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
-        self._total_steps = int(total) if math.isfinite(total) else None
+        # Of a loader without a length and no `max_steps`, Lightning says infinity or -1.
+        self._total_steps = int(total) if 0 <= total < math.inf else None
         few = self._total_steps is not None and self._total_steps <= 100
         self._interval = self.every_n_steps or (1 if few else 10)
         self._first_step = trainer.global_step
@@ -103,10 +104,7 @@ class LossProgress(Callback):
         first = step - sample.count == self._first_step
         self._step_seconds += 0.0 if first else sample.seconds
         self._line_seconds += sample.seconds
-        if sample.tokens is None or self._line_tokens is None:
-            self._line_tokens = None
-        else:
-            self._line_tokens = self._line_tokens + sample.tokens
+        self._line_tokens = plus(self._line_tokens, sample.tokens)
         if trainer.is_global_zero and (loss := trainer.callback_metrics.get(self.loss_key)) is not None:
             self._pending.append((step, loss.detach().clone()))
         due = step // self._interval > (step - sample.count) // self._interval
@@ -168,7 +166,7 @@ class LossProgress(Callback):
             count = torch.tensor(int(local), device=trainer.strategy.root_device)
             tokens = int(trainer.strategy.reduce(count, reduce_op="sum"))
         self._seconds += seconds
-        self._tokens = None if tokens is None or self._tokens is None else self._tokens + tokens
+        self._tokens = plus(self._tokens, tokens)
         return tokens, seconds
 
     def _drain_losses(self) -> None:

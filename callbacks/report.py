@@ -10,7 +10,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, cast, runtime_checkable
+from time import perf_counter
+from types import NoneType
+from typing import Any, Literal, Protocol, TypedDict, cast, get_args, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -141,7 +143,8 @@ class RunReport(Callback):
         val_loss_key: the metric to record after each validation; without it ``val_losses`` stays empty.
         tokens_fn: tokens of a micro-batch on this rank; returns ``None`` if it cannot tell.
         metadata: facts of the recipe, of JSON types; ``metadata["model"]`` becomes the field ``model``.
-        flush_every_n_steps: optimizer steps between two writes.
+        flush_every_n_steps: optimizer steps between two writes, or more: writing, which takes the longer the more
+            losses there are, is put off where it would take more than 1 % of the time.
         warmup_steps: first optimizer steps that are not timed (compilation, autotuning, allocator growth).
         html: whether to write the page too.
 
@@ -190,6 +193,7 @@ class RunReport(Callback):
         self._val_losses: list[tuple[int, float]] = []
         self._start_time: str | None = None
         self._started = False
+        self._next_write = -math.inf  # by perf_counter
         self._resumed_from_step = 0
 
         self._steps = TimedSteps(tokens_fn, warmup_steps)
@@ -219,6 +223,7 @@ class RunReport(Callback):
         self._forget_what_follows(done)
         self._start_time = (self._start_time if done else None) or _now()
         self._started = True
+        self._next_write = -math.inf
         self._steps.start(done)
         self._devices = gather(_device_name(trainer.strategy.root_device))
         self._measure(trainer)
@@ -239,7 +244,8 @@ class RunReport(Callback):
                 f" {sorted(metrics)}. Call self.log({self.loss_key!r}, loss, on_step=True) in training_step, or pass"
                 " loss_key."
             )
-        self._pending += [metrics[self.loss_key].detach().clone()] * step.count
+        if trainer.is_global_zero:
+            self._pending += [metrics[self.loss_key].detach().clone()] * step.count
 
         done_here = trainer.global_step - self._resumed_from_step
         if done_here == step.count and step.tokens is None:
@@ -249,7 +255,9 @@ class RunReport(Callback):
             )
         if done_here // self.flush_every_n_steps > (done_here - step.count) // self.flush_every_n_steps:
             self._measure(trainer)
-            self._write_on_the_way(trainer)
+            if (began := perf_counter()) >= self._next_write:
+                self._write_on_the_way(trainer)
+                self._next_write = perf_counter() + 99 * (perf_counter() - began)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -296,6 +304,7 @@ class RunReport(Callback):
             self._write(trainer, status, f"{type(exception).__name__}: {exception}")
         except OSError as error:
             rank_zero_warn(f"RunReport could not write {self.path} ({error}); the run's own error follows.")
+        self._started = False
 
     def _complete(self, trainer: pl.Trainer) -> None:
         """Resumed at its end, nothing was trained: the figures are those of the process that did, if it left some."""
@@ -473,28 +482,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _a(*types: type) -> Callable[[Any], bool]:
+    """Whether a value from JSON is of one of ``types``; its true and false are no numbers."""
+    return lambda value: isinstance(value, types) and not isinstance(value, bool)
+
+
+_is_number, _is_number_or_null = _a(int, float), _a(int, float, NoneType)
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_loss(value: Any) -> bool:
-    return value is None or _is_number(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
+    return _a(int)(value) and value >= 0
 
 
 def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -502,7 +499,7 @@ def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_val_loss(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_int(value[0]) and _is_loss(value[1])
+    return isinstance(value, list) and len(value) == 2 and _is_int(value[0]) and _is_number_or_null(value[1])
 
 
 def _is_step_time(value: Any) -> bool:
@@ -511,33 +508,34 @@ def _is_step_time(value: Any) -> bool:
     )
 
 
-def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+def _one_of(literal: Any) -> tuple[Callable[[Any], bool], str]:
+    allowed = get_args(literal)
     return lambda value: value in allowed, f"one of {', '.join(allowed)}"
 
 
 _INT = (_is_int, "an integer of at least 0")
-_TEXT = (_is_text, "a string")
-_TEXT_OR_NULL = (_is_text_or_null, "a string or null")
-_DICT = (_is_dict, "an object")
+_TEXT = (_a(str), "a string")
+_TEXT_OR_NULL = (_a(str, NoneType), "a string or null")
+_DICT = (_a(dict), "an object")
 
 # Field of `Report` -> (is the value valid?, what it must be).
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schema_version": _INT,
-    "status": _one_of("running", "completed", "interrupted", "failed"),
+    "status": _one_of(Status),
     "error": _TEXT_OR_NULL,
     "start_time": _TEXT,
     "end_time": _TEXT_OR_NULL,
     "global_step": _INT,
     "resumed_from_step": _INT,
-    "losses": (_list_of(_is_loss), "a list of numbers and nulls"),
+    "losses": (_list_of(_is_number_or_null), "a list of numbers and nulls"),
     "val_losses": (_list_of(_is_val_loss), "a list of [step, number or null]"),
-    "tokens_per_s": (_is_loss, "a number or null"),
+    "tokens_per_s": (_is_number_or_null, "a number or null"),
     "step_time_s": (_is_step_time, "an object with p50 and p95, or null"),
     "warmup_steps": _INT,
     "peak_memory_gib": (_list_of(_is_number), "a list of numbers"),
-    "memory_kind": _one_of("cuda_max_allocated", "process_peak_rss"),
+    "memory_kind": _one_of(MemoryKind),
     "world_size": _INT,
-    "devices": (_list_of(_is_text), "a list of strings"),
+    "devices": (_list_of(_a(str)), "a list of strings"),
     "strategy": _TEXT,
     "precision": _TEXT,
     "model": _TEXT_OR_NULL,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from lightning_qlora.callbacks.measure import (
     FETCH_BATCH,
+    Count,
     Stopwatch,
     TimedSteps,
     TokensFn,
@@ -43,6 +44,7 @@ from lightning_qlora.callbacks.measure import (
     gather,
     is_distributed,
     observe,
+    plus,
 )
 
 FlopsFn = Callable[[Any], float]
@@ -113,11 +115,10 @@ class _Point:
     step: int
     count: int
     seconds: float
-    tokens: int | Tensor | None
+    tokens: Count
 
     def __add__(self, later: "_Point") -> "_Point":
-        known = self.tokens is not None and later.tokens is not None
-        tokens = cast(Any, self.tokens) + later.tokens if known else None
+        tokens = plus(self.tokens, later.tokens)
         return _Point(later.step, self.count + later.count, self.seconds + later.seconds, tokens)
 
 
@@ -205,6 +206,7 @@ class ThroughputReport(Callback):
             self._flops_of, self._note = self.flops, "FLOPs by the function passed as flops"
         elif self.flops == "count":
             self._counter = _CountFlops()
+            self._note = "no micro-batch has ended, in which FLOPs could be counted"
         elif isinstance(pl_module, CountsFlops):
             self._flops_of = self._flops_by_module(pl_module)
             self._note = "FLOPs by the module's flops_per_token; recomputation and padding are not counted as work"
@@ -277,21 +279,20 @@ class ThroughputReport(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._section = cast(ThroughputSection | None, self.report_section())
+        self._section = self.report_section()
         self._stop()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop()
 
-    def report_section(self) -> Mapping[str, Any] | None:
-        """The section :class:`ThroughputSection`; ``None`` while there is none."""
-        section = self._section
-        if section is None and self._started and not is_distributed():
+    def report_section(self) -> ThroughputSection | None:
+        """What was measured so far; ``None`` while nothing is known."""
+        if self._section is None and self._started and not is_distributed():
             # After a CUDA error nothing can be read from the device any more.
             with suppress(RuntimeError):
-                section = self._measure()
-        return cast(Mapping[str, Any] | None, section)
+                return self._measure()
+        return self._section
 
     def table(self) -> Table:
         """The figures for people."""

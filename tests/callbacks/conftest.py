@@ -80,6 +80,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("lightning_qlora.callbacks.measure.perf_counter", clock)
     monkeypatch.setattr("lightning_qlora.callbacks.progress.perf_counter", clock)
+    monkeypatch.setattr("lightning_qlora.callbacks.report.perf_counter", clock)
     return clock
 
 

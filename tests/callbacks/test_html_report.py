@@ -173,10 +173,10 @@ def test_every_plot_is_well_formed_and_inside_its_frame(report: Report) -> None:
 
 def test_a_gap_interrupts_a_curve_and_figures_can_be_read_off() -> None:
     plot = ET.fromstring(_line_plot([_Line("loss", [(1, 4.0), (2, 3.0), (3, None), (4, 2.0)])], "step", "loss"))
-    assert [line.attrib["points"].split() for line in plot.findall("polyline")] == [["52.0,30.0", "190.7,125.0"]]
+    assert [line.attrib["points"].split() for line in plot.findall("polyline")] == [["52.0,30.0", "188.0,125.0"]]
     circles = plot.findall("circle")
     assert [c.findtext("title") for c in circles] == ["1: 4", "2: 3", "4: 2"]
-    assert (circles[2].attrib["cx"], circles[2].attrib["cy"]) == ("468.0", "220.0")
+    assert (circles[2].attrib["cx"], circles[2].attrib["cy"]) == ("460.0", "220.0")
     labels = [text.text for text in plot.findall("text")]
     assert labels == ["loss", "2.0", "2.5", "3.0", "3.5", "4.0", "1", "2", "3", "4", "step"]
 

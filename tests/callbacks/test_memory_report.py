@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -228,7 +229,7 @@ def test_host_memory_is_the_processes(trainer: Make) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 1:
                 target = peak_memory_bytes(torch.device("cpu"))[0] + 250 * 2**20
-                torch.ones(max(0, target - report._process.memory_info().rss), dtype=torch.uint8)
+                torch.ones(max(0, target - psutil.Process().memory_info().rss), dtype=torch.uint8)
             return super().training_step(batch, batch_idx)
 
         def on_validation_epoch_end(self) -> None:

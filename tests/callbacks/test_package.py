@@ -1,6 +1,8 @@
 """The example of the package's docstring, as another project would run it."""
 
+import copy
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_qlora.callbacks
-from lightning_qlora.callbacks import load_report
+from lightning_qlora.callbacks import (
+    CompileReport,
+    LossProgress,
+    MemoryReport,
+    RunReport,
+    ThroughputReport,
+    load_report,
+)
 
 
 class Net(nn.Module):
@@ -58,3 +67,9 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     printed = capsys.readouterr().out
     assert "1 graphs" in printed.splitlines()
     assert all(title in printed for title in ("torch.compile", "Memory in GiB", "Throughput"))
+
+
+@pytest.mark.parametrize("make", [CompileReport, MemoryReport, ThroughputReport, RunReport, LossProgress])
+def test_a_report_can_be_sent_to_a_spawned_process(make: Any) -> None:
+    report = make("report.json") if make is RunReport else make()
+    assert type(pickle.loads(pickle.dumps(report))) is type(copy.deepcopy(report)) is make

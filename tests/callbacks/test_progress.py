@@ -102,6 +102,19 @@ def test_what_is_not_known_is_left_out(
     assert not {"first loss", "tokens per second"} & rows(printed).keys()
 
 
+def test_a_run_of_unknown_length_has_no_total_and_no_eta(
+    trainer: Make, module: Make, batches: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = batches(LOSSES[:3])
+    monkeypatch.setattr(type(endless), "__len__", None)  # as of an IterableDataset
+    trainer(LossProgress(1), max_steps=-1, max_epochs=1, enable_checkpointing=False).fit(module(), endless)
+    assert lines(capsys.readouterr().out) == [
+        "step 1 | loss 4.0000 | lr 1.0e-01 | grad 0.43 | 5 tok/s | 1.9 GiB",
+        "step 2 | loss 3.0000 | lr 5.0e-02 | grad 0.43 | 5 tok/s | 1.9 GiB",
+        "step 3 | loss 2.5000 | lr 3.3e-02 | grad 0.43 | 5 tok/s | 1.9 GiB",
+    ]
+
+
 def test_losses_that_are_not_finite_are_shown_but_never_best(
     trainer: Make, module: Make, batches: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

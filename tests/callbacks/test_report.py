@@ -81,6 +81,45 @@ def test_it_is_written_at_the_start_and_every_few_steps(path: Path, trainer: Mak
     assert len(load_report(path)["losses"]) == 5
 
 
+def test_writing_takes_a_hundredth_of_the_time_at_most(
+    path: Path, trainer: Make, module: Make, batches: Make, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a long run has many losses, or the disk is slow."""
+    written: list[int] = []
+
+    def slow(path: Path, report: Any) -> None:
+        written.append(report["global_step"])
+        clock.now += 0.5
+
+    monkeypatch.setattr("lightning_qlora.callbacks.report.write_json", slow)
+    fit = trainer(RunReport(path, flush_every_n_steps=10, html=False), max_steps=85, enable_checkpointing=False)
+    fit.fit(module(), batches([1.0] * 90))
+    assert written == [0, 10, 40, 70, 85]  # the first but that of the start, then after 25 steps of 2 s
+
+
+def test_a_later_fit_that_fails_before_training_leaves_the_report_of_a_failed_one(
+    path: Path, trainer: Make, module: Make, batches: Make
+) -> None:
+    report = RunReport(path)
+    with pytest.raises(RuntimeError, match="full of gradients"):
+        trainer(report, enable_checkpointing=False).fit(module(fail_at=3), batches(LOSSES))
+    before = load_report(path)
+    with pytest.raises(FileNotFoundError):
+        trainer(report).fit(module(), batches(LOSSES), ckpt_path=path.with_name("absent.ckpt"))
+    assert load_report(path) == before
+
+
+def test_ranks_that_write_nothing_keep_no_losses(
+    path: Path, trainer: Make, module: Make, batches: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = RunReport(path)
+    fit = trainer(report, enable_checkpointing=False)
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    fit.fit(module(), batches(LOSSES))
+    assert report._pending == report._losses == []
+    assert not path.exists()
+
+
 def test_losses_that_are_not_finite_are_null_in_valid_json(
     path: Path, trainer: Make, module: Make, batches: Make
 ) -> None:

@@ -249,6 +249,7 @@ def test_counting_ends_with_the_micro_batch_even_if_that_fails(trainer: Make, cl
     with pytest.raises(BaseException, match="compiled"):  # torch.compile works again
         compiled(torch.ones(1))
     assert fit.profiler is profiler
+    assert report.report_section()["mfu_note"] == "no micro-batch has ended, in which FLOPs could be counted"  # type: ignore[index]
 
 
 def test_a_product_of_sharded_tensors_is_not_guessed(tmp_path: Path) -> None:
