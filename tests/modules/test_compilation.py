@@ -290,7 +290,7 @@ class Losses(L.Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.val_loss = float("nan")
+        self.val_loss, self.answer = float("nan"), ""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
@@ -300,7 +300,8 @@ class Losses(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, QLoRALlama)
-        self.answer = pl_module.answer("what?", max_new_tokens=4)
+        if trainer.enable_validation:
+            self.answer = pl_module.answer("what?", max_new_tokens=4)
 
 
 #: Of Inductor, for autotuning in seconds: it times two Triton kernels a matrix product, and does so in each run.
@@ -308,9 +309,13 @@ FEW_KERNELS = {"test_configs.max_mm_configs": 2, "force_disable_caches": True}
 
 
 def fit(
-    directory: Path, device: str, backend: str | None, precision: str = "32-true", options: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """Train for 20 steps on this process and those of its group, with other ``options`` of the module if given."""
+    directory: Path, device: str, backend: str | None, precision: str = "32-true", options: Mapping[str, Any] = {},
+    validate: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train for 20 steps on this process and those of its group, with other ``options`` of the module if given.
+
+    To ``validate`` and to answer takes code of their own, which is generated as long as that for training.
+    """
     torch._dynamo.reset()
     graphs = Graphs(backend) if backend is not None else None
     module_options: dict[str, Any] = {"learning_rate": 1e-2, "schedule": "constant", "seed": 3, **options}
@@ -323,6 +328,7 @@ def fit(
         strategy=FSDP2Strategy(precision=precision), max_epochs=5, callbacks=[record], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, inference_mode=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=os.devnull,
+        limit_val_batches=None if validate else 0,
     )  # fmt: skip
     loaders = [DataLoader(samples(), batch_size=None), DataLoader(samples(2), batch_size=None)]
     torch._dynamo.utils.counters.clear()
@@ -344,7 +350,7 @@ def test_twenty_steps_are_those_of_the_uncompiled_model(
     ranks: RankPools, tiny_llama_dir: Path, world_size: int, device: str
 ) -> None:
     compiled, eager = (
-        ranks.run(world_size, device, fit, tiny_llama_dir, device, backend, timeout=300)
+        ranks.run(world_size, device, fit, tiny_llama_dir, device, backend, "32-true", {}, True, timeout=300)
         for backend in ("aot_eager_decomp_partition", None)
     )
     for ours, expected in zip(compiled, eager, strict=True):
