@@ -4,7 +4,9 @@ Nothing here synchronises the device, and only :func:`gather` talks to other ran
 it.
 """
 
+import functools
 import math
+import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +15,7 @@ from time import perf_counter
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from lightning.pytorch.profilers import Profiler
@@ -76,6 +79,23 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # getrusage(2): kibibytes on Linux, bytes on macOS.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    pid = os.getpid()
+    if (statm := _open_statm(pid)) is None:
+        return int(psutil.Process(pid).memory_info().rss)
+    return int(os.pread(statm, 64, 0).split()[1]) * resource.getpagesize()
+
+
+@functools.cache  # of each process, for a launcher may fork
+def _open_statm(pid: int) -> int | None:
+    """Linux' figures of the process's memory. psutil opens the file each time, which in a step takes 0.1 ms more."""
+    try:
+        return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,11 @@ For any LightningModule::
         print(phase, peak["allocated_peak_bytes"], peak["host_rss_bytes"])
 """
 
-import functools
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast, get_args
 
 import lightning.pytorch as pl
-import psutil  # type: ignore[import-untyped]
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -37,6 +34,7 @@ from lightning_qlora.callbacks.measure import (
     observe,
     peak_rss_bytes,
     restart_device_peak,
+    rss_bytes,
 )
 
 Phase = Literal["load", "forward", "backward", "optimizer", "validation", "save", "other"]
@@ -280,7 +278,7 @@ class MemoryReport(Callback):
             peaks.allocated = max(peaks.allocated, peak.allocated)
             peaks.allocated_end = max(peaks.allocated_end, peak.allocated_now)
             peaks.reserved = max(peaks.reserved, peak.reserved)
-        rss = _process(os.getpid()).memory_info().rss
+        rss = rss_bytes()
         peaks.rss = max(peaks.rss, rss)
         # Linux keeps the peak from counters that lag a little behind those of the resident set.
         if (host_peak := max(peak_rss_bytes(), rss)) > self._host_peak:
@@ -327,12 +325,6 @@ class MemoryReport(Callback):
             outside_allocator_bytes=outside,
             device_bytes=device_bytes,
         )
-
-
-@functools.cache
-def _process(pid: int) -> psutil.Process:
-    # Not an attribute: it cannot be pickled, as a launcher that spawns processes does with callbacks.
-    return psutil.Process(pid)
 
 
 def _gib(count: int) -> str:

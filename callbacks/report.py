@@ -144,7 +144,7 @@ class RunReport(Callback):
         tokens_fn: tokens of a micro-batch on this rank; returns ``None`` if it cannot tell.
         metadata: facts of the recipe, of JSON types; ``metadata["model"]`` becomes the field ``model``.
         flush_every_n_steps: optimizer steps between two writes, or more: writing, which takes the longer the more
-            losses there are, is put off where it would take more than 1 % of the time.
+            losses there are, is put off where it would take more than 0.5 % of the time.
         warmup_steps: first optimizer steps that are not timed (compilation, autotuning, allocator growth).
         html: whether to write the page too.
 
@@ -255,9 +255,10 @@ class RunReport(Callback):
             )
         if done_here // self.flush_every_n_steps > (done_here - step.count) // self.flush_every_n_steps:
             self._measure(trainer)
+            self._drain_losses()  # waits for the device, which is not the time that writing takes
             if (began := perf_counter()) >= self._next_write:
                 self._write_on_the_way(trainer)
-                self._next_write = perf_counter() + 99 * (perf_counter() - began)
+                self._next_write = perf_counter() + 199 * (perf_counter() - began)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

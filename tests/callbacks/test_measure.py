@@ -1,10 +1,12 @@
 """Tokens, step times and memory as the callbacks measure them."""
 
+import os
 from collections import UserDict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,6 +26,7 @@ from lightning_qlora.callbacks.measure import (
     peak_memory_bytes,
     percentile,
     restart_device_peak,
+    rss_bytes,
 )
 
 
@@ -90,6 +93,27 @@ def test_peak_memory_of_a_cpu_process_grows_with_its_data() -> None:
     block = torch.ones(size, dtype=torch.uint8)
     after, _ = peak_memory_bytes(torch.device("cpu"))
     assert after >= block.numel()
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_resident_set_is_the_processes_own(is_linux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_linux:
+        monkeypatch.setattr(measure, "_open_statm", lambda pid: None)
+    before = rss_bytes()
+    held = torch.ones(200 * 2**20, dtype=torch.uint8)
+    assert abs(rss_bytes() - psutil.Process().memory_info().rss) < 2**24
+    assert rss_bytes() > before + 0.9 * len(held)
+    limit, (read, write) = before + 1.5 * len(held), os.pipe()
+    if (child := os.fork()) == 0:  # has its own, without what the parent allocates later
+        os.read(read, 1)
+        os._exit(rss_bytes() > limit)
+    more = torch.ones(200 * 2**20, dtype=torch.uint8)
+    assert rss_bytes() > limit
+    os.write(write, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(more) == len(held)
+    os.close(read)
+    os.close(write)
 
 
 def test_the_cpu_has_no_allocator_to_restart() -> None:
