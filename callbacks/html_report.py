@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_qlora.callbacks.measure import GIB
+from lightning_qlora.callbacks.measure import GIB, rounded, with_prefix
 
 if TYPE_CHECKING:
     from lightning_qlora.callbacks.report import Report
@@ -62,7 +62,7 @@ def _tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "validation loss", _number(val_losses[-1]), f"best {_number(min(val_losses))}"
     if report["tokens_per_s"] is not None:
         ranks = report["world_size"]
-        yield "tokens per second", f"{report['tokens_per_s']:,.0f}", f"all {ranks} ranks" if ranks > 1 else ""
+        yield "tokens per second", rounded(report["tokens_per_s"]), f"all {ranks} ranks" if ranks > 1 else ""
     if (times := report["step_time_s"]) is not None:
         yield "step time", _seconds(times["p50"]), f"median; 95 % below {_seconds(times['p95'])}"
     if report["peak_memory_gib"]:
@@ -104,10 +104,10 @@ def _throughput(section: Mapping[str, Any]) -> Markup:
         size = section["matmul_size"]
         how = f" of two {size} x {size} matrices" if size else ", as given"
         figures["matrix product"] = (
-            f"{sum(rates) / len(rates) / 1e12:.3g} TFLOP/s a device, {section['matmul_dtype']}{how}"
+            f"{with_prefix(sum(rates) / len(rates))}FLOP/s a device, {section['matmul_dtype']}{how}"
         )
     if section["mfu"] is not None:
-        figures["MFU"] = f"{section['mfu']:.1%}, {section['model_flops_per_s'] / 1e12:.3g} TFLOP/s of all devices"
+        figures["MFU"] = f"{section['mfu']:.1%}, {with_prefix(section['model_flops_per_s'])}FLOP/s of all devices"
     figures["MFU" if section["mfu"] is None else "counted"] = section["mfu_note"]
     if section["data_wait_share"] is not None:
         figures["waiting for data"] = f"{section['data_wait_share']:.1%} of the step time, on the host of rank 0"

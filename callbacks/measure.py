@@ -274,6 +274,17 @@ def percentile(values: list[float], fraction: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
+def with_prefix(value: float) -> str:
+    """``value`` with three digits and a prefix: 12.3 T for 12.3e12."""
+    exponent = min(5, max(0, int(math.log10(value)) // 3)) if value > 0 else 0
+    return f"{value / 1000**exponent:.3g} {['', 'k', 'M', 'G', 'T', 'P'][exponent]}"
+
+
+def rounded(value: float) -> str:
+    """``value`` without decimals, or with two digits below 10: 12,346 and 0.48."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -14,7 +14,6 @@ For any LightningModule::
     print(figures["tokens_per_s"], figures["step_time_s"]["p95"], figures["mfu"], figures["data_wait_share"])
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -45,6 +44,8 @@ from lightning_qlora.callbacks.measure import (
     is_distributed,
     observe,
     plus,
+    rounded,
+    with_prefix,
 )
 
 FlopsFn = Callable[[Any], float]
@@ -300,16 +301,16 @@ class ThroughputReport(Callback):
         table = Table("", "", title="Throughput", title_justify="left", show_header=False)
         table.add_row("timed steps", f"{section['timed_steps']} (after {section['warmup_steps']} of warm-up)")
         if section["tokens_per_s"] is not None:
-            table.add_row("tokens per second", f"{section['tokens_per_s']:,.0f}")
+            table.add_row("tokens per second", rounded(section["tokens_per_s"]))
         if (times := section["step_time_s"]) is not None:
             table.add_row("step time", f"p50 {times['p50']:.3f} s, p95 {times['p95']:.3f} s")
         if section["data_wait_share"] is not None:
             table.add_row("waiting for data", f"{section['data_wait_share']:.1%}")
         if (rates := section["matmul_flops_per_s"]) is not None:
             dtype = str(section["matmul_dtype"])
-            table.add_row("matrix products", f"{_si(sum(rates) / len(rates))}FLOP/s a device, {dtype}")
+            table.add_row("matrix products", f"{with_prefix(sum(rates) / len(rates))}FLOP/s a device, {dtype}")
         if section["mfu"] is not None:
-            table.add_row("MFU", f"{section['mfu']:.1%} ({_si(section['model_flops_per_s'] or 0)}FLOP/s)")
+            table.add_row("MFU", f"{section['mfu']:.1%} ({with_prefix(section['model_flops_per_s'] or 0)}FLOP/s)")
         elif section["mfu_note"]:
             table.add_row("MFU", f"unknown: {section['mfu_note']}")
         return table
@@ -476,9 +477,3 @@ def _measure_matmul(device: torch.device, dtype: torch.dtype, float32_precision:
 def _times(tokens: int | Tensor, flops_per_token: float) -> float | Tensor:
     # In float32, the default for tensors, the sum of a long run would be rounded.
     return (tokens.double() if isinstance(tokens, Tensor) else tokens) * flops_per_token
-
-
-def _si(value: float) -> str:
-    """``value`` with three digits and a prefix: 12.3 T for 12.3e12."""
-    exponent = min(5, max(0, int(math.log10(value)) // 3)) if value > 0 else 0
-    return f"{value / 1000**exponent:.3g} {['', 'k', 'M', 'G', 'T', 'P'][exponent]}"

@@ -26,7 +26,9 @@ from lightning_qlora.callbacks.measure import (
     peak_memory_bytes,
     percentile,
     restart_device_peak,
+    rounded,
     rss_bytes,
+    with_prefix,
 )
 
 
@@ -263,3 +265,9 @@ def test_percentiles_interpolate() -> None:
     assert percentile([5.0], 0.95) == 5.0
     assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert percentile([float(i) for i in range(101)], 0.95) == 95.0
+
+
+def test_figures_for_people() -> None:
+    values = {0.0: "0 ", 12.0: "12 ", 999.0: "999 ", 1234.0: "1.23 k", 24.1e12: "24.1 T", 5e18: "5e+03 P"}
+    assert {value: with_prefix(value) for value in values} == values
+    assert [rounded(value) for value in (12345.6, 10.4, 9.96, 0.482, 0.0)] == ["12,346", "10", "10", "0.48", "0"]

@@ -25,7 +25,7 @@ from lightning_qlora.callbacks import (
     load_report,
     throughput_report,
 )
-from lightning_qlora.callbacks.throughput_report import _CountFlops, _matmul_rate, _Point, _si
+from lightning_qlora.callbacks.throughput_report import _CountFlops, _matmul_rate, _Point
 from tests.callbacks.conftest import Batches, Clock
 
 Make = Callable[..., Any]
@@ -388,11 +388,6 @@ def test_a_micro_batch_costs_little(trainer: Make) -> None:
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThroughputReport(**options)
-
-
-def test_figures_for_people() -> None:
-    values = {0.0: "0 ", 12.0: "12 ", 999.0: "999 ", 1234.0: "1.23 k", 24.1e12: "24.1 T", 5e18: "5e+03 P"}
-    assert {value: _si(value) for value in values} == values
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
