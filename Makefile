@@ -22,13 +22,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TEST_FLAGS)
 
-# mypy does not follow the editable install's package mapping, so it gets the packages under their real names as links.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .typecheck/lightning_qlora
-	for package in kernels modules callbacks; do ln -sfn ../../$$package .typecheck/lightning_qlora/$$package; done
-	MYPYPATH=.typecheck $(BIN)/mypy
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -38,4 +35,4 @@ bench: $(STAMP)
 	for script in recipes/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .typecheck build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info runs

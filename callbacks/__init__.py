@@ -16,15 +16,15 @@ All reports of a project of your own, whose module logs ``train_loss`` and compi
 Tokens are counted in ``batch["input_ids"]``; for other batches pass ``tokens_fn``.
 """
 
-from lightning_qlora.callbacks.adapter import SaveAdapter
-from lightning_qlora.callbacks.answers import CompareAnswers
-from lightning_qlora.callbacks.checkpoint import StepCheckpoint
-from lightning_qlora.callbacks.compile_report import CompileReport, CompileReportError, CompileSection
-from lightning_qlora.callbacks.graceful_stop import GracefulStop
-from lightning_qlora.callbacks.memory_report import MemoryReport, MemorySection
-from lightning_qlora.callbacks.progress import LossProgress
-from lightning_qlora.callbacks.report import Report, ReportSource, RunReport, load_report, write_html
-from lightning_qlora.callbacks.throughput_report import ThroughputReport, ThroughputSection
+from .adapter import SaveAdapter
+from .answers import CompareAnswers
+from .checkpoint import StepCheckpoint
+from .compile_report import CompileReport, CompileReportError, CompileSection
+from .graceful_stop import GracefulStop
+from .memory_report import MemoryReport, MemorySection
+from .progress import LossProgress
+from .report import Report, ReportSource, RunReport, load_report, write_html
+from .throughput_report import ThroughputReport, ThroughputSection
 
 __all__ = [
     "CompareAnswers",

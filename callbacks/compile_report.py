@@ -29,16 +29,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_qlora.callbacks.dynamo import (
-    Compilation,
-    CompileLog,
-    Line,
-    compiled_modules,
-    forward_lines,
-    has_compiled_code,
-    why_skipped,
-)
-from lightning_qlora.callbacks.measure import gather
+from .dynamo import Compilation, CompileLog, Line, compiled_modules, forward_lines, has_compiled_code, why_skipped
+from .measure import gather
 
 K = TypeVar("K")
 _BROKEN = "a graph break left its code to Python"

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from lightning_qlora.callbacks.checkpoint import StepCheckpoint
+from .checkpoint import StepCheckpoint
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # GNU timeout and some job launchers deliver one Ctrl-C twice, to the process and to its group: not a second wish.

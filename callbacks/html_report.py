@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_qlora.callbacks.measure import GIB, rounded, with_prefix
+from .measure import GIB, rounded, with_prefix
 
 if TYPE_CHECKING:
-    from lightning_qlora.callbacks.report import Report
+    from .report import Report
 
 # Units of an SVG. On a phone a figure is about as wide as this in pixels, so its text keeps its size there.
 _WIDTH = 480

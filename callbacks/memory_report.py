@@ -27,15 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.callbacks.measure import (
-    GIB,
-    SAVE_CHECKPOINT,
-    gather,
-    observe,
-    peak_rss_bytes,
-    restart_device_peak,
-    rss_bytes,
-)
+from .measure import GIB, SAVE_CHECKPOINT, gather, observe, peak_rss_bytes, restart_device_peak, rss_bytes
 
 Phase = Literal["load", "forward", "backward", "optimizer", "validation", "save", "other"]
 _PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.callbacks.measure import GIB, Count, StepMeter, TokensFn, count_tokens, peak_memory_bytes, plus
+from .measure import GIB, Count, StepMeter, TokensFn, count_tokens, peak_memory_bytes, plus
 
 
 class LossProgress(Callback):

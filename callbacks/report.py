@@ -22,17 +22,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qlora.callbacks.graceful_stop import GracefulStop
-from lightning_qlora.callbacks.html_report import render_html
-from lightning_qlora.callbacks.measure import (
-    GIB,
-    MemoryKind,
-    TimedSteps,
-    TokensFn,
-    count_tokens,
-    gather,
-    peak_memory_bytes,
-)
+from .graceful_stop import GracefulStop
+from .html_report import render_html
+from .measure import GIB, MemoryKind, TimedSteps, TokensFn, count_tokens, gather, peak_memory_bytes
 
 SCHEMA_VERSION = 1
 _DISTRIBUTIONS = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "lightning-qlora")

@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from lightning_qlora.callbacks.measure import (
+from .measure import (
     FETCH_BATCH,
     Count,
     Stopwatch,

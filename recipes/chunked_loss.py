@@ -32,16 +32,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from lightning_qlora.modules import losses
-from lightning_qlora.modules.capabilities import capabilities, default_precision
+from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
+from lightning_qlora.modules.checkpoints.resolve import resolve_model
+from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.hub import DEMO_MODEL, load_tokenizer, resolve_model
-from lightning_qlora.modules.linear_cross_entropy import linear_cross_entropy
-from lightning_qlora.modules.linear_loss import linear_loss
-from lightning_qlora.modules.llama import QLoRALlamaForCausalLM
-from lightning_qlora.modules.peak_memory import peak_mib
-from lightning_qlora.modules.run_directory import writable_directory
-from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.hardware import capabilities, default_precision, peak_mib
+from lightning_qlora.modules.losses import functional as losses
+from lightning_qlora.modules.losses.head import linear_cross_entropy
+from lightning_qlora.modules.losses.linear_loss import linear_loss
+from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.training.run_directory import writable_directory
 
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-3, "16-mixed": 1e-3}
 SIZES = {"cuda": (128256, 2048, torch.float16), "cpu": (49152, 576, torch.float32)}  # vocabulary, hidden, dtype

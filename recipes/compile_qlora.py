@@ -34,15 +34,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, RunReport
-from lightning_qlora.modules.attention import AttentionName, choose_attention
-from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
+from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
+from lightning_qlora.modules.checkpoints.config import load_config
+from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
-from lightning_qlora.modules.fsdp2_strategy import FSDP2Strategy
-from lightning_qlora.modules.hub import load_tokenizer
-from lightning_qlora.modules.llama import default_lora, load_config
-from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.run_directory import writable_directory
-from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
+from lightning_qlora.modules.hardware import capabilities, check_devices, check_precision, compute_dtype
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from lightning_qlora.modules.training.run_directory import writable_directory
 
 
 def batches(text: Tensor, numbers: range, b: int, s: int) -> DataLoader[Any]:
@@ -157,7 +158,7 @@ def main(
         precision, attention = "32-true", "auto"  # some attention is for 16 bits only
 
     directory = model_directory(model)
-    module = QLoRALlama(
+    module = QLoRACausalLM(
         directory, default_lora(lora_r), checkpoint_activations=True, attention=attention, compile_backend=backend,
         compile="off" if run == "float32" else run.split()[0], sliding_window=sliding_window,  # type: ignore[arg-type]
     )  # fmt: skip

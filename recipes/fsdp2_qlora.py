@@ -33,17 +33,21 @@ from lightning_qlora.callbacks import (
     StepCheckpoint,
     ThroughputReport,
 )
-from lightning_qlora.modules.attention import AttentionName, choose_attention
-from lightning_qlora.modules.capabilities import capabilities, check_devices, check_precision, compute_dtype
+from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
+from lightning_qlora.modules.checkpoints.config import load_config
+from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
+from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
+from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import as_metadata, positive, run_recipe
-from lightning_qlora.modules.compilation import CompileMode
-from lightning_qlora.modules.data import ChatDataModule
-from lightning_qlora.modules.hub import DEMO_MODEL, base_name, load_tokenizer, resolve_model
-from lightning_qlora.modules.llama import check_offload, default_lora, load_config
-from lightning_qlora.modules.memory_plan import Settings, plan_memory
-from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.run_directory import RunDirectory
-from lightning_qlora.modules.strategies import StrategyName, build_strategy
+from lightning_qlora.modules.data.data_module import ChatDataModule
+from lightning_qlora.modules.distributed.strategies import StrategyName, build_strategy
+from lightning_qlora.modules.hardware import capabilities, check_devices, check_precision, compute_dtype
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.activation_offload import check_offload
+from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
+from lightning_qlora.modules.training.run_directory import RunDirectory
 
 
 def main(
@@ -165,7 +169,7 @@ def main(
         packing=packing, max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
     data.load()
-    module = QLoRALlama(
+    module = QLoRACausalLM(
         directory, lora, learning_rate=lr, warmup_steps=max_steps // 20, checkpoint_activations=checkpoint_activations,
         offload_activations=offload_activations, init_adapter=init_adapter, model_name=base_name(model, directory),
         seed=seed, compile=compile, attention=attention, sliding_window=sliding_window, packing=packing,

@@ -17,10 +17,11 @@ from typing import Literal
 
 import torch
 
+from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
+from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.hub import base_name, load_tokenizer, resolve_model
-from lightning_qlora.modules.merge import adapter_config, merge_adapter
-from lightning_qlora.modules.run_directory import RunDirectory
+from lightning_qlora.modules.export.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.training.run_directory import RunDirectory
 
 
 def main(

@@ -29,7 +29,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():  # read where a ker
 import bitsandbytes.functional as bnb
 
 from lightning_qlora.kernels import nf4
-from lightning_qlora.modules.run_directory import writable_directory
+from lightning_qlora.modules.training.run_directory import writable_directory
 
 Dequantize = Callable[[Tensor, bnb.QuantState], Tensor]
 TORCH_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

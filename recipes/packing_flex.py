@@ -32,16 +32,17 @@ from benchmarks.shapes import model_directory
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
-from lightning_qlora.modules.capabilities import check_precision, compute_dtype
+from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
-from lightning_qlora.modules.compilation import CompileMode
-from lightning_qlora.modules.llama import default_lora, load_config
-from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.run_directory import writable_directory
-from lightning_qlora.modules.strategies import build_strategy
+from lightning_qlora.modules.distributed.strategies import build_strategy
+from lightning_qlora.modules.hardware import check_precision, compute_dtype
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from lightning_qlora.modules.training.run_directory import writable_directory
 
 
-def train(module: QLoRALlama, batches: list[list[Any]], precision: str, report: Path) -> None:
+def train(module: QLoRACausalLM, batches: list[list[Any]], precision: str, report: Path) -> None:
     """Train a step on each list of micro-batches, a quarter of the steps as warm-up, and write the report."""
     every, warmup = list(itertools.chain(*batches)), len(batches) // 4
     padding = 1 - sum(batch["num_tokens"] for batch in every) / sum(batch["input_ids"].numel() for batch in every)
@@ -142,7 +143,7 @@ def main(
     steps = draw_steps(samples, lengths, tokens, max_steps)
     if run is not None:
         attention, rows = cast(tuple[Any, str], run.split())
-        module = QLoRALlama(
+        module = QLoRACausalLM(
             directory, default_lora(lora_r), checkpoint_activations=True, compile=compile, compile_backend=backend,
             attention="sdpa" if attention == "padded" else attention, packing=attention != "padded",
         )  # fmt: skip

@@ -18,8 +18,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_qlora.modules.attention import choose_attention
-from lightning_qlora.modules.capabilities import capabilities
+from lightning_qlora.modules.attention.attention import choose_attention
+from lightning_qlora.modules.hardware import capabilities
 from tests.distributed import RankPools
 
 transformers.utils.logging.disable_progress_bar()

@@ -13,15 +13,14 @@ from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lightning_qlora.modules.attention import (
+from lightning_qlora.modules.attention.attention import (
     IMPLEMENTATION,
     attention_inputs,
     choose_attention,
     register_attention,
     sdpa_backend,
 )
-from lightning_qlora.modules.capabilities import capabilities
-from lightning_qlora.modules.peak_memory import peak_mib
+from lightning_qlora.modules.hardware import capabilities, peak_mib
 
 AttentionName = Literal["sdpa", "flex", "flash", "xformers"]
 

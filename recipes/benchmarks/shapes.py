@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
+from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
+from lightning_qlora.modules.checkpoints.resolve import resolve_model
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 

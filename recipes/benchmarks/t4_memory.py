@@ -24,8 +24,8 @@ from record import RESULTS, ROOT, save_record
 from shapes import SHAPES, checkpoint_of
 
 from lightning_qlora.modules.cli import positive, run_recipe
-from lightning_qlora.modules.llama import default_lora
-from lightning_qlora.modules.memory_plan import GIB, Settings, plan_memory
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.training.memory_plan import GIB, Settings, plan_memory
 
 CAP_GIB = 14.5
 COLUMNS = ["shape", "r", "batch x tokens a GPU", "flags", "planned peak, GiB", "measured peak, GiB", "reserved, GiB"]

@@ -45,13 +45,13 @@ from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_qlora.modules.capabilities import check_devices, check_precision, compute_dtype
 from lightning_qlora.modules.cli import positive, run_recipe
-from lightning_qlora.modules.compilation import CompileMode
-from lightning_qlora.modules.llama import default_lora
-from lightning_qlora.modules.processes import end_process_group, gather_objects, is_distributed
-from lightning_qlora.modules.qlora import QLoRALlama
-from lightning_qlora.modules.strategies import StrategyName, build_strategy
+from lightning_qlora.modules.distributed.collectives import end_process_group, gather_objects, is_distributed
+from lightning_qlora.modules.distributed.strategies import StrategyName, build_strategy
+from lightning_qlora.modules.hardware import check_devices, check_precision, compute_dtype
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 
 GIB = 2**30
 LEARNING_RATE = 1e-4
@@ -99,7 +99,7 @@ def main(
         prefetch: Layers gathered ahead; 0 leaves it to FSDP2 (not with a peer).
         checkpoint_activations: Recompute each layer in backward.
         offload_activations: From inputs that wait in host memory (not with a peer).
-        compile: As of QLoRALlama (not with a peer).
+        compile: As of QLoRACausalLM (not with a peer).
         memory_cap_gib: The most that PyTorch may reserve on each GPU: a T4 has about 14.5.
         steps: Measured steps.
         warmup: Steps before them.
@@ -148,7 +148,7 @@ def main(
     if peer:
         train_peer(peer, directory, batches, meter, precision, checkpoint_activations, lora_r)
     else:
-        module = QLoRALlama(
+        module = QLoRACausalLM(
             directory, default_lora(lora_r), learning_rate=LEARNING_RATE, schedule="constant",
             checkpoint_activations=checkpoint_activations, offload_activations=offload_activations, compile=compile,
         )  # fmt: skip
@@ -176,7 +176,7 @@ def main(
 
 
 def random_batches(shape: LlamaShape, batch_size: int, seq_len: int, count: int, rank: int) -> list[dict[str, Any]]:
-    """``count`` batches for a rank, in the form that QLoRALlama takes: input_ids and labels int64 [B, S]."""
+    """``count`` batches for a rank, in the form that QLoRACausalLM takes: input_ids and labels int64 [B, S]."""
     generator = torch.Generator().manual_seed(rank)
     batches = []
     for _ in range(count):
@@ -340,7 +340,11 @@ class RandomData(L.LightningDataModule):
 
 
 def train_ours(
-    module: QLoRALlama, batches: Callable[[int], list[dict[str, Any]]], meter: Meter, devices: int, strategy: Strategy
+    module: QLoRACausalLM,
+    batches: Callable[[int], list[dict[str, Any]]],
+    meter: Meter,
+    devices: int,
+    strategy: Strategy,
 ) -> None:
     """Train with the recipe's own stack."""
     trainer = L.Trainer(

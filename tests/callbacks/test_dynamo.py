@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qlora.callbacks import dynamo
-from lightning_qlora.callbacks.dynamo import (
-    Compilation,
-    CompileLog,
-    compiled_modules,
-    has_compiled_code,
-    why_skipped,
-)
+from lightning_qlora.callbacks.dynamo import Compilation, CompileLog, compiled_modules, has_compiled_code, why_skipped
 
 
 class Block(nn.Module):

@@ -18,13 +18,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.utils.data import DataLoader
 
-from lightning_qlora.callbacks import (
-    RunReport,
-    ThroughputReport,
-    ThroughputSection,
-    load_report,
-    throughput_report,
-)
+from lightning_qlora.callbacks import RunReport, ThroughputReport, ThroughputSection, load_report, throughput_report
 from lightning_qlora.callbacks.throughput_report import _CountFlops, _matmul_rate, _Point
 from tests.callbacks.conftest import Batches, Clock
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_qlora.modules.peak_memory import peak_mib
+from lightning_qlora.modules.hardware import peak_mib
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_qlora.callbacks.report import Report, load_report
-from lightning_qlora.modules.checkpointing import read_checkpoint
+from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = RECIPES / "fsdp2_qlora.py"

@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_qlora.modules.llama import build_llama, default_lora, materialize
-from lightning_qlora.modules.nf4_linear import NF4Linear
-from lightning_qlora.modules.weights import SafetensorsCheckpoint
+from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
+from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -73,7 +74,7 @@ def transformers_llama(config: Any) -> Any:
 def test_a_4bit_checkpoint_is_what_bitsandbytes_reads(checkpoints, stock_4bit_llama):
     directory = checkpoints / "tiny-4bit"
     stock = stock_4bit_llama(directory)
-    model = build_llama(SafetensorsCheckpoint(directory), default_lora(2))
+    model = build_model(SafetensorsCheckpoint(directory), default_lora(2))
     materialize(model, SafetensorsCheckpoint(directory), torch.device("cpu"), seed=0)
     ours = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
     theirs = {n: m for n, m in stock.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
@@ -90,7 +91,7 @@ def test_a_4bit_checkpoint_is_what_bitsandbytes_reads(checkpoints, stock_4bit_ll
 @pytest.mark.parametrize("name", ["tiny-4bit", "tiny-bf16"])
 def test_activations_keep_their_size_and_losses_are_near_chance(checkpoints, name):
     checkpoint = SafetensorsCheckpoint(checkpoints / name)
-    model = build_llama(checkpoint, default_lora(2))
+    model = build_model(checkpoint, default_lora(2))
     materialize(model, checkpoint, torch.device("cpu"), seed=0)
     ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=ids, labels=ids).loss

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lightning_qlora.modules.llama import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
 from tests.recipes.runs import RECIPES, recipe_module
 
 RECIPE = RECIPES / "chunked_loss.py"

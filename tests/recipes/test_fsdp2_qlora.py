@@ -20,12 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lightning_qlora.callbacks.report import Report, load_report, write_json
-from lightning_qlora.modules import capabilities
+from lightning_qlora.modules import hardware
+from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
+from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.data import ChatDataModule
-from lightning_qlora.modules.hub import DEMO_MODEL, resolve_model
-from lightning_qlora.modules.llama import LLAMA_PROJECTIONS
-from lightning_qlora.modules.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.data.data_module import ChatDataModule
+from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.lora.config import LLAMA_PROJECTIONS
 from tests.distributed import RankPools
 from tests.recipes.runs import (
     GLOBAL_BATCH,
@@ -340,10 +341,10 @@ def test_a_learning_rate_that_is_no_number_is_refused_in_a_file_too(
 
 def test_hardware_that_is_not_there_is_refused(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with one T4."""
-    t4 = capabilities.Capabilities("cuda", "Tesla T4", (7, 5), 15 * 2**30, bf16=False)
+    t4 = hardware.Capabilities("cuda", "Tesla T4", (7, 5), 15 * 2**30, bf16=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(capabilities, "capabilities", lambda index=0: t4)
+    monkeypatch.setattr(hardware, "capabilities", lambda index=0: t4)
     refused(r"devices=2 but this machine has 1 CUDA device\(s\)", precision="16-mixed")
     for precision in ("bf16-mixed", "bf16-true"):
         refused("device 0 is a Tesla T4 with 7.5. Use precision='16-mixed'", devices=1, precision=precision)

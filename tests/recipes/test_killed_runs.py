@@ -21,7 +21,7 @@ from time import monotonic, sleep
 import pytest
 
 from lightning_qlora.callbacks.report import load_report
-from lightning_qlora.modules.checkpointing import read_checkpoint
+from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 from tests.recipes.phase_beacon import PHASES
 from tests.recipes.runs import STEPS, Flags, Run, assert_between_steps, checkpoints, difference, on, train
 

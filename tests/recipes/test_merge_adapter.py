@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.llama import default_lora
+from lightning_qlora.modules.lora.config import default_lora
 from tests.recipes.runs import recipe_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")

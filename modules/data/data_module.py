@@ -1,0 +1,275 @@
+"""Chats in, batches out: reading, tokenizing with the loss on completions only, and an order that survives a restart.
+
+Three properties hold together and are what the training loop stands on:
+
+* **The order depends on (seed, epoch) alone.** Global batch k holds the same samples in the same order on one device
+  and on eight, so that losses can be compared step by step (:class:`GlobalBatchSampler`).
+* **Every rank takes the same number of steps.** Where the end of an epoch leaves a rank without a sample, it gets a
+  blank one that adds nothing to the loss, so that collectives stay in step.
+* **A restart continues with the next sample that was not trained on**, whatever had been prefetched
+  (:class:`ResumableDataLoader`).
+
+With packing, what is ordered, dealt and resumed are packs: rows of several samples, each a *document* that attends to
+itself alone.
+
+Shapes: B = samples (or packs) in a batch of one rank, S = the longest of the batch, rounded up.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from .chat_template import choose_pad_token_id, tokenize_chats
+from .collators import ChatCollator, PackedCollator, join_samples
+from .loader import ChatDataset, GlobalBatchSampler, ResumableDataLoader, refuse_changes, require_at_least
+from .packing import pack_samples
+from .samples import Chat, Sample
+from .sources import DEFAULT_DATASET, load_chats
+
+
+class ChatDataModule(L.LightningDataModule):
+    """Train and validation batches of chats, with the loss on completions only.
+
+    ``load()`` does all the reading and checking and needs no Trainer: call it before building a model, so that bad data
+    is refused in seconds. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts
+    alone, not on their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the
+    data is held out; a text that is repeated more often than that is trained on.
+
+    With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRACausalLM`` does).
+    The samples of both parts are packed once, by :func:`~lightning_qlora.modules.data.packing.pack_samples`; what is shuffled
+    each epoch are the packs. The loss of an epoch is that of the unpacked samples, in other batches.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        dataset: Anything :func:`load_chats` reads.
+        batch_size: Samples of one batch on one device; with ``packing``, packs.
+        seq_len: Tokens kept of a sample; longer ones lose their end.
+        packing: Fill rows of at most ``seq_len`` tokens with samples.
+        seed: Seed of the training order.
+        val_samples: Chats to hold out, but at most a tenth of all.
+        num_workers: Loader processes for each loader.
+        pad_to_multiple_of: Batches are as long as their longest sample, rounded up to a multiple of this.
+        max_position_embeddings: The model's; longer samples are warned of. ``None`` is no limit.
+
+    Raises:
+        ValueError: For arguments out of range.
+    """
+
+    report_key = "data"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: str | Path = DEFAULT_DATASET,
+        *,
+        batch_size: int,
+        seq_len: int,
+        packing: bool = False,
+        seed: int = 0,
+        val_samples: int = 64,
+        num_workers: int = 0,
+        pad_to_multiple_of: int = 8,
+        max_position_embeddings: int | None = None,
+    ) -> None:
+        super().__init__()
+        require_at_least(
+            batch_size=(batch_size, 1),
+            seq_len=(seq_len, 2),
+            seed=(seed, 0),
+            val_samples=(val_samples, 0),
+            num_workers=(num_workers, 0),
+            pad_to_multiple_of=(pad_to_multiple_of, 1),
+        )
+        self.tokenizer = tokenizer
+        self.source = dataset
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.packing = packing
+        self.seed = seed
+        self.val_samples = val_samples
+        self.num_workers = num_workers
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_position_embeddings = max_position_embeddings
+        self.train_set: ChatDataset | None = None
+        self.val_set: ChatDataset | None = None
+        self.val_chats: list[Chat] = []
+        """The held-out chats as text, e.g. for answers before and after training."""
+        self.num_dropped = 0
+        """Chats left out because ``seq_len`` cuts their completions away."""
+        self.num_truncated = 0
+        """Samples, train and held out, that lost tokens at the end."""
+        self.num_train = 0
+        """Samples to train on, packed or not."""
+        self.num_val = 0
+        """Samples held out, packed or not."""
+        self.fill: float | None = None
+        """With packing, the part of ``seq_len`` tokens that a training pack holds, on average."""
+        self.fingerprint = ""
+        """SHA-256 of the training set: equal for the same data, tokenizer, template, ``seq_len`` and ``packing``."""
+
+    def load(self) -> None:
+        """Read, check, tokenize and split the data, once; a second call does nothing.
+
+        Raises:
+            ValueError: As :func:`load_chats`, :func:`tokenize_chats` and :func:`choose_pad_token_id` do.
+        """
+        if self.train_set is not None:
+            return
+        pad_token_id = choose_pad_token_id(self.tokenizer)
+        chats = load_chats(self.source)
+        tokenized = tokenize_chats(self.tokenizer, chats, self.seq_len)
+        chats = [chats[index] for index in tokenized.kept]
+        most = min(self.val_samples, len(chats) // 10)
+        held_out = _held_out(chats, most)
+        train = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if not out]
+        val = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if out]
+        self.val_chats = [chat for chat, out in zip(chats, held_out, strict=True) if out]
+        self.num_dropped, self.num_truncated = tokenized.num_dropped, tokenized.num_truncated
+        self.num_train, self.num_val = len(train), len(val)
+        if self.packing:
+            train, val = _pack(train, self.seq_len), _pack(val, self.seq_len)
+            self.fill = sum(len(pack["input_ids"]) for pack in train) / (len(train) * self.seq_len)
+        self.fingerprint = hashlib.sha256(json.dumps(train).encode()).hexdigest()
+        collator = PackedCollator if self.packing else ChatCollator
+        self.collator = collator(pad_token_id, self.pad_to_multiple_of)
+        self.val_set = ChatDataset(val, pad_token_id)
+        self.train_set = ChatDataset(train, pad_token_id)
+        rank_zero_info(self._summary())
+        if most and not self.num_val:
+            rank_zero_info(
+                f"nothing is held out: every text is there more than {most} times, and its repetitions stay together"
+            )
+        longest = max(len(sample["input_ids"]) for sample in tokenized.samples)
+        if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
+            rank_zero_warn(
+                f"The longest sample has {longest} tokens, but the model's config.json says "
+                f"max_position_embeddings={self.max_position_embeddings}: it has seen no positions beyond. With a "
+                "seq_len of that, such samples lose their end."
+            )
+
+    def report_section(self) -> dict[str, Any] | None:
+        """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
+
+        ``train_samples``, ``val_samples``, ``truncated`` and ``dropped`` are the ``num_`` attributes; with packing
+        there are also ``train_packs`` and ``val_packs``, the rows of both parts, and ``fill``.
+        """
+        if self.train_set is None or self.val_set is None:
+            return None
+        section: dict[str, Any] = {
+            "train_samples": self.num_train,
+            "val_samples": self.num_val,
+            "truncated": self.num_truncated,
+            "dropped": self.num_dropped,
+        }
+        if self.packing:
+            section |= {"train_packs": len(self.train_set), "val_packs": len(self.val_set), "fill": self.fill}
+        return section
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook, run on every rank."""
+        self.load()
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Return the loader of this rank's training batches (:class:`Batch`)."""
+        dataset = self._loaded()[0]
+        return ResumableDataLoader(dataset, self._sampler(dataset), self.collator, self._batches_done, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
+        """Return the loader of this rank's held-out batches, in fixed order; an empty list if nothing is held out."""
+        dataset = self._loaded()[1]
+        if not len(dataset):
+            return []
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=self._sampler(dataset, shuffle=False),
+            collate_fn=self.collator,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),  # as in ResumableDataLoader
+        )
+
+    def example(self) -> tuple[str, str] | None:
+        """Return the last question and answer of the first held-out chat; ``None`` if nothing is held out."""
+        self.load()
+        for chat in self.val_chats:
+            for answer, question in pairwise(chat["messages"][::-1]):
+                if (answer["role"], question["role"]) == ("assistant", "user"):
+                    return question["content"], answer["content"]
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the data are, for the check at resume; Lightning stores it in every checkpoint."""
+        return self._identity()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was made with these data.
+
+        Raises:
+            ValueError: If the training samples, the seed or the global batch size are others.
+        """
+        refuse_changes(state_dict, self._identity())
+
+    def _summary(self) -> str:
+        train_set, val_set = self._loaded()
+        text = f"{self.source}: {self.num_train} samples to train on, {self.num_val} held out"
+        if self.num_truncated or self.num_dropped:
+            text += (
+                f"; seq_len={self.seq_len} cut the end of {self.num_truncated} of them, and {self.num_dropped} more "
+                "are left out, for it cut away what there was to learn"
+            )
+        if self.fill is not None:
+            text += f"; packed into {len(train_set)} and {len(val_set)} rows, {1 - self.fill:.1%} of them empty"
+        return text
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self._sampler(self._loaded()[0]).identity(), "fingerprint": self.fingerprint}
+
+    def _loaded(self) -> tuple[ChatDataset, ChatDataset]:
+        self.load()
+        assert self.train_set is not None
+        assert self.val_set is not None
+        return self.train_set, self.val_set
+
+    def _sampler(self, dataset: ChatDataset, shuffle: bool = True) -> GlobalBatchSampler:
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return GlobalBatchSampler(
+            dataset, batch_size=self.batch_size, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=self.seed
+        )
+
+    def _batches_done(self) -> int:
+        """Batches of the epoch that are trained on; more than there are once the loop has taken its last."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        # `processed` and not `ready`: a checkpoint written while a batch is in flight (on an exception, say) makes
+        # Lightning do that batch again. `completed` lags by one in on_train_batch_end, where most checkpoints are
+        # written.
+        done: int = progress.current.processed  # type: ignore[attr-defined]  # declared as the tracker's base class
+        # With limit_train_batches the last one comes early; num_train batches are past the end in any case.
+        return self.num_train if progress.is_last_batch and done == progress.current.ready else done
+
+
+def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+    packs = pack_samples([len(sample["input_ids"]) for sample in samples], seq_len)
+    return [join_samples(samples[index] for index in pack) for pack in packs]
+
+
+def _held_out(chats: Sequence[Chat], most: int) -> list[bool]:
+    """Mark at most ``most`` chats: those of the smallest SHA-256, each with its repetitions or not at all."""
+    digests = [hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest() for chat in chats]
+    chosen = set()
+    for digest, repetitions in sorted(Counter(digests).items()):
+        if repetitions <= most:
+            chosen.add(digest)
+            most -= repetitions
+    return [digest in chosen for digest in digests]

@@ -1,0 +1,1 @@
+"""Models out: an adapter merged into its base."""

@@ -1,0 +1,1 @@
+"""LoRA: its configuration, initial values, layer, and peft's files."""

@@ -1,0 +1,89 @@
+"""Which LoRA configurations these modules train, read and merge."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from peft import LoraConfig, PeftConfig
+
+#: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def default_lora(r: int = 64, alpha: int | None = None, dropout: float = 0.0) -> LoraConfig:
+    """LoRA on all seven projections, with ``alpha`` = 2 * ``r`` unless given."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(LLAMA_PROJECTIONS),
+        task_type="CAUSAL_LM",
+    )
+
+
+def check_lora(lora: LoraConfig) -> LoraConfig:
+    """Return ``lora`` if these modules can train it.
+
+    Raises:
+        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), another initialisation than
+            peft's default, or a variant of LoRA (see
+            :func:`~lightning_qlora.modules.lora.config.check_plain_lora`).
+    """
+    if lora.r < 1:
+        raise ValueError(f"LoRA rank r must be at least 1, got {lora.r}.")
+    if not lora.lora_alpha > 0:
+        raise ValueError(f"lora_alpha must be positive, got {lora.lora_alpha}.")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora.lora_dropout}.")
+    if lora.init_lora_weights is not True:
+        raise ValueError(
+            f"The LoraConfig has init_lora_weights={lora.init_lora_weights!r}, but adapters start here as peft's "
+            "default does, equal for any number of ranks. Leave it True; to start otherwise, load an adapter that peft "
+            "initialised (init_adapter)."
+        )
+    return check_plain_lora(lora, "The LoraConfig", "Nothing else is trained here: leave it at its default.")
+
+
+#: Options of ``LoraConfig`` under which an adapted weight is ``W + scaling * B @ A``. Of all others, those of future
+#: versions of peft included, only the default is accepted.
+_PLAIN = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "runtime_config", "megatron_core",
+    # Details of what other options switch on.
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+
+#: Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ...) subtract something from it.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+def check_plain_lora(config: PeftConfig, source: str, remedy: str) -> LoraConfig:
+    """Return ``config`` if it is plain LoRA: ``W + scaling * B @ A`` with the base's own W.
+
+    Args:
+        config: Any configuration of peft.
+        source: Where it comes from, as the subject of an error's sentence.
+        remedy: What to do about a variant of LoRA: the error's last sentence.
+
+    Raises:
+        ValueError: For another type of adapter, for variants of LoRA (DoRA, aLoRA, QALoRA, trained biases or tokens,
+            ``modules_to_save``, ...), and for an initialisation that changed the base.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{source} is a {config.peft_type} adapter. Only LoRA adapters are supported here.")
+    default = LoraConfig()
+    for option in dataclasses.fields(LoraConfig):
+        value = getattr(config, option.name)
+        # What is None, False or empty switches nothing on.
+        if option.name not in _PLAIN and value and value != getattr(default, option.name):
+            raise ValueError(
+                f"{source} has {option.name}={value!r}, which is more than a product B @ A added to a frozen weight. "
+                f"{remedy}"
+            )
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise ValueError(
+            f"{source} has init_lora_weights={config.init_lora_weights!r}, which changed the base that it was trained "
+            "on. Convert it with peft (path_initial_model_for_weight_conversion) first."
+        )
+    return config

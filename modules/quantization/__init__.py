@@ -1,0 +1,1 @@
+"""Frozen 4-bit linear layers that FSDP2 can shard."""

@@ -1,0 +1,1 @@
+"""LightningModules and what a run needs around them: optimizer, memory plan, run directory, resuming."""

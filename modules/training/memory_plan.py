@@ -1,0 +1,470 @@
+"""Predicting, from a model's configuration alone, the memory that QLoRA training takes on each device.
+
+The figures are what PyTorch's allocator hands out (``torch.cuda.max_memory_allocated``) at three moments of a step, of
+which the largest is the peak:
+
+* *loss*: the forward is done, its activations are kept, and the loss works through a chunk of logits;
+* *backward*: one decoder layer is differentiated (with activation checkpointing: recomputed first);
+* *step*: the optimizer's update, when nothing of the forward is left.
+
+What autograd keeps of a decoder layer, eager, in bytes for each token (c bytes a value in the compute dtype):
+
+=====================  =======================  =====================================================================
+two norms              8 H + 8                  the input in float32 and the root of its mean square, each
+attention              c (2 Q + 2 K) + 4 heads  queries, keys, values, the result, and a float32 log-sum a head;
+                                                keys and values as wide as queries where they are repeated for them
+MLP                    3 c I                    gate, silu(gate), up
+LoRA, each projection  c R                      A x
+LoRA, together         c (2 H + I)              x: the norms' results and the MLP's product; the attention's is there
+with dropout instead   c W + W, on a CPU 2 c W  x [T, W] of each projection after dropout, and what was dropped
+=====================  =======================  =====================================================================
+
+Mixed precision also keeps the compute-dtype copies of A and B. While it runs, a layer needs more: see
+``_working_bytes``. Of a compiled layer that is not checkpointed the compiler decides what to keep; the figures are an
+upper bound then.
+
+Shapes: B samples a device, S tokens a sample, T = B S, H hidden size, I intermediate size, Q and K widths of queries
+and of keys, R LoRA rank, V vocabulary. A *rank* is a process with its device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from transformers import LlamaConfig
+
+from ..attention.attention import SDPA_REPEATED_KV, sdpa_backend
+from ..hardware import Precision, compute_dtype
+from ..losses.linear_loss import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
+from ..models.activation_offload import check_offload
+
+GIB = 2**30
+
+#: What a process takes beside PyTorch's allocator: the CUDA context with its kernels (on a CPU the interpreter and its
+#: libraries are of that size), and NCCL's buffers.
+CONTEXT_BYTES, NCCL_BYTES = 512 * 2**20, 256 * 2**20
+
+#: Share of the allocator's memory that lies unused between its blocks.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the memory of a training run depends on.
+
+    Attributes:
+        config: The base, all of whose projections are taken to be 4-bit with double quantization in blocks of 64.
+        lora: The adapters.
+        batch_size: Samples of a micro-batch on a rank.
+        seq_len: Tokens a sample, padding included.
+        world_size: Number of ranks.
+        strategy: As of ``build_strategy``.
+        precision: Of the Trainer.
+        offload: FSDP2 keeps parameters, gradients and optimizer state on the host.
+        checkpoint_activations: Each decoder layer is recomputed in backward.
+        offload_activations: What it is recomputed from waits on the host.
+        compile: Whether decoder layers are compiled.
+        accumulate: Micro-batches a step; above 1 gradients are there all the time, unsharded until the last.
+        reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
+        prefetch: Layers that FSDP2 gathers ahead; 0 leaves it to FSDP2, which gathers one.
+        shard_size: Ranks that one copy is sharded over (hybrid sharding); ``None`` for all.
+        compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it, on whole
+            rows: packed rows or a window take more on SDPA, see :mod:`~lightning_qlora.modules.attention.documents`.
+
+    Raises:
+        ValueError: If a count is below 1, or activations are to be offloaded that are not checkpointed.
+    """
+
+    config: LlamaConfig
+    lora: LoraConfig
+    batch_size: int
+    seq_len: int
+    world_size: int = 1
+    strategy: Literal["fsdp2", "ddp", "single"] = "fsdp2"
+    precision: Precision = "16-mixed"
+    offload: bool = False
+    checkpoint_activations: bool = False
+    offload_activations: bool = False
+    compile: bool = False
+    accumulate: int = 1
+    reshard_after_forward: bool = True
+    prefetch: int = 0
+    shard_size: int | None = None
+    compute_capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "world_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_offload(checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations)
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks each parameter is split."""
+        return 1 if self.strategy != "fsdp2" else self.shard_size or self.world_size
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 gathers parameters before use."""
+        return self.strategy == "fsdp2" and (self.world_size > 1 or self.offload)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted bytes on the device of one rank (of the first, which holds most).
+
+    Attributes:
+        settings: What it holds for.
+        moments: Name of a moment -> part -> bytes.
+        host_bytes: What the rank keeps in host memory instead (``offload``, ``offload_activations``).
+    """
+
+    settings: Settings
+    moments: dict[str, dict[str, int]]
+    host_bytes: int
+
+    @property
+    def peak(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Part -> bytes at the peak."""
+        return self.moments[self.peak]
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak, to compare with ``torch.cuda.max_memory_allocated()``."""
+        return sum(self.parts.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """What the device must have: the peak, what lies unused in the allocator, and what is outside of it."""
+        outside = CONTEXT_BYTES + (NCCL_BYTES if self.settings.world_size > 1 else 0)
+        return int(self.total_bytes * (1 + FRAGMENTATION)) + outside
+
+    def table(self) -> str:
+        """Parts by moments in GiB, the peak marked."""
+        names = list(dict.fromkeys(part for parts in self.moments.values() for part in parts))
+        width = max(map(len, names)) + 2
+        head = "".join(f"{moment + ('*' if moment == self.peak else ''):>11}" for moment in self.moments)
+        lines = [f"{'GiB on each device':{width}}{head}"]
+        for name in names:
+            cells = (parts.get(name, 0) / GIB for parts in self.moments.values())
+            lines.append(f"{name:{width}}" + "".join(f"{cell:11.3f}" if cell else f"{'-':>11}" for cell in cells))
+        totals = (sum(parts.values()) / GIB for parts in self.moments.values())
+        lines.append(f"{'total':{width}}" + "".join(f"{total:11.3f}" for total in totals))
+        lines.append(f"* the peak. With the CUDA context and the allocator's gaps: {self.device_bytes / GIB:.2f} GiB.")
+        if self.host_bytes:
+            lines.append(f"In host memory of each process: {self.host_bytes / GIB:.2f} GiB.")
+        return "\n".join(lines)
+
+    def check(self, device_bytes: int) -> str | None:
+        """``None`` if this fits a device of that memory, else a message that says so and which flags would fit."""
+        if self.device_bytes <= device_bytes:
+            return None
+        fitting = self.fitting_flags(device_bytes)
+        remedy = (
+            "These would fit: " + "; ".join(fitting) + "."
+            if fitting
+            else "No combination of --checkpoint_activations, --offload_activations, --offload, a smaller "
+            "--batch_size and --seq_len would fit: take a smaller model."
+        )
+        return (
+            f"Training needs about {self.device_bytes / GIB:.1f} GiB on each device, which has "
+            f"{device_bytes / GIB:.1f} GiB. {remedy}"
+        )
+
+    def fitting_flags(self, device_bytes: int) -> list[str]:
+        """Changes that make it fit, each enough by itself; if there are none, with checkpointing, then offload too.
+
+        Checkpoints move to the host only where recomputing alone is not enough.
+        """
+        s = self.settings
+        halves = [2**i for i in range(1, 20)]
+        axes: list[list[dict[str, Any]]] = [
+            [{"batch_size": s.batch_size // d} for d in halves if d <= s.batch_size],
+            [{"seq_len": s.seq_len // d} for d in halves if s.seq_len // d >= 256],
+        ]
+        if s.strategy == "fsdp2" and s.shard_size is None:
+            axes.append([{"world_size": s.world_size * d} for d in (2, 4, 8)])
+        if s.strategy == "ddp":
+            axes.append([{"strategy": "fsdp2"}])
+        steps: list[dict[str, Any]] = [{}]
+        recompute = {"checkpoint_activations": True}
+        fewer_activations = [] if s.checkpoint_activations else [recompute]
+        if not s.offload_activations:
+            fewer_activations.append({**recompute, "offload_activations": True})
+        axes.insert(0, fewer_activations)
+        steps += fewer_activations
+        if not s.offload:
+            axes.append([{"offload": True, "strategy": "fsdp2"}])
+            steps.append({**steps[-1], "offload": True, "strategy": "fsdp2"})
+        for step in steps:
+            found = []
+            for axis in axes:
+                for change in axis:  # the mildest first
+                    if plan_memory(dataclasses.replace(s, **{**step, **change})).device_bytes <= device_bytes:
+                        found.append(_flags(s, {**step, **change}))
+                        break
+            if found:
+                return list(dict.fromkeys(found))
+        return []
+
+
+def _flags(settings: Settings, changes: dict[str, Any]) -> str:
+    names = {"world_size": "devices"}
+    flags = [
+        f"--{names.get(name, name)}" + ("" if value is True else f" {value}")
+        for name, value in changes.items()
+        if value != getattr(settings, name)
+    ]
+    return " ".join(flags)
+
+
+# --- the parameters --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Projection:
+    rows: int
+    columns: int
+    rank: int  # of its adapter, 0 for none
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class _LayerBytes:
+    frozen: int
+    adapters: int
+    statistics: int
+
+
+_Layer = dict[str, _Projection]
+
+
+def _projections(s: Settings, layer: int) -> _Layer:
+    c = s.config
+    h, i = c.hidden_size, c.intermediate_size
+    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = {
+        "self_attn.q_proj": (q, h), "self_attn.k_proj": (k, h), "self_attn.v_proj": (k, h), "self_attn.o_proj": (h, q),
+        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i),
+    }  # fmt: skip
+    projections = {}
+    for name, (rows, columns) in shapes.items():
+        key = f"model.layers.{layer}.{name}"
+        pattern = s.lora.rank_pattern
+        rank = pattern.get(get_pattern_key(pattern.keys(), key), s.lora.r)
+        is_target = s.lora.target_modules == "all-linear" or check_target_module_exists(s.lora, key)
+        has_bias = c.attention_bias if name.startswith("self_attn") else c.mlp_bias
+        projections[name] = _Projection(rows, columns, rank if is_target else 0, has_bias)
+    return projections
+
+
+def _rows(rows: int, shards: int) -> int:
+    return math.ceil(rows / shards)  # FSDP2 pads every shard to this
+
+
+def _layer_bytes(s: Settings, layer: _Layer, shards: int) -> _LayerBytes:
+    """A decoder layer's bytes on a rank; ``shards`` = 1 gives the whole layer."""
+    value = compute_dtype(s.precision).itemsize
+    adapter_value = 2 if s.precision == "bf16-true" else 4
+    frozen = 2 * _rows(s.config.hidden_size, shards) * value  # norms
+    adapters = statistics = 0
+    for p in layer.values():
+        blocks = math.ceil(p.rows * p.columns / 64)
+        frozen += _rows(p.rows, shards) * p.columns // 2  # 4 bits a value
+        frozen += _rows(math.ceil(blocks / 4), shards) * 4  # a byte a block, stored as float32
+        frozen += _rows(p.rows, shards) * value if p.has_bias else 0
+        statistics += 4 * (256 + math.ceil(blocks / 256) + 1)
+        adapters += (_rows(p.rank, shards) * p.columns + _rows(p.rows, shards) * p.rank) * adapter_value
+    return _LayerBytes(frozen, adapters, statistics)
+
+
+# --- the activations -------------------------------------------------------------------------------------------------
+
+
+def _cast_adapter_bytes(s: Settings, layer: _Layer) -> int:
+    """Copies of A and B in the compute dtype, in mixed precision."""
+    if not s.precision.endswith("mixed"):
+        return 0
+    return sum(p.rank * (p.rows + p.columns) for p in layer.values()) * compute_dtype(s.precision).itemsize
+
+
+def _kept_bytes(s: Settings, layer: _Layer) -> int:
+    """What autograd keeps of a layer: see the module's docstring."""
+    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    h, i, heads = int(c.hidden_size), int(c.intermediate_size), int(c.num_attention_heads)
+    q, k = (layer[f"self_attn.{name}"].rows for name in ("q_proj", "k_proj"))
+    if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) == SDPA_REPEATED_KV:
+        k = q
+    adapted = {name.rpartition(".")[2] for name, p in layer.items() if p.rank}
+    norms = 2 * (4 * h + 4)
+    attention = value * (2 * q + 2 * k) + 4 * heads
+    mlp = 3 * value * i
+    low = value * sum(p.rank for p in layer.values())
+    dropped = value + (value if s.compute_capability is None else 1)
+    inputs = value * h * (bool(adapted & {"q_proj", "k_proj", "v_proj"}) + bool(adapted & {"gate_proj", "up_proj"}))
+    inputs += value * i * ("down_proj" in adapted)
+    if s.lora.lora_dropout:
+        inputs = dropped * sum(p.columns for p in layer.values() if p.rank)
+    return tokens * (norms + attention + mlp + low + inputs) + _cast_adapter_bytes(s, layer)
+
+
+def _working_bytes(s: Settings, layer: _Layer) -> int:
+    """What backward needs at most beyond what is kept (with checkpointing: than the recomputed layer keeps).
+
+    * Around ``down_proj``, whose input [T, I] is freed: the gradients of that input and of its two factors; or one of
+      them and the dequantized weight.
+    * At the end of the model, while all layers are kept: the final norm's input and five float32 values of its size.
+    * Compiled: as much. Measured (torch 2.11) are 9.16 GiB of a peak planned as 9.22 for 8B, 2.99 of 3.08 for 1B.
+    """
+    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    wide, narrow = tokens * int(c.intermediate_size), tokens * int(c.hidden_size)
+    needed = wide * value + max(wide * value, _dequantized_bytes(s, layer))
+    if s.checkpoint_activations:
+        needed += value * narrow
+    else:
+        needed = max(needed + 2 * value * narrow, 6 * 4 * narrow)
+    return needed
+
+
+def _dequantized_bytes(s: Settings, layer: _Layer) -> int:
+    """The largest weight in the compute dtype, which exists while its product is computed."""
+    values = max(p.rows * p.columns for p in layer.values())
+    return values * compute_dtype(s.precision).itemsize
+
+
+def _workspace_bytes(s: Settings) -> int:
+    """cuBLAS' workspaces, one for the thread of the forward and one for autograd's."""
+    if s.compute_capability is None:
+        return 0
+    return 2 * (32 * 2**20 if s.compute_capability >= (9, 0) else 8320 * 2**10)
+
+
+def _pinned_bytes(nbytes: int) -> int:
+    """What PyTorch takes of the host for a pinned tensor: it rounds up to a power of two.
+
+    It keeps the memory for the next batch. This is what batches of the full length take, each done before the next:
+    much shorter ones get blocks of their own, and so do micro-batches that the host queues before the device is there.
+    """
+    return 1 << (nbytes - 1).bit_length()
+
+
+def _loss_bytes(s: Settings) -> int:
+    """The final norm's float32 input, its result and the gradient of that, and a chunk of logits."""
+    c, tokens, dtype = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision)
+    on_gpu = s.compute_capability is not None
+    chunk = min(tokens, auto_chunk_tokens(c.vocab_size, dtype, compiled=on_gpu))
+    # Compiled, the gradient replaces the logits. Otherwise the loss has its own; float32 needs no upcast.
+    logit = dtype.itemsize + (0 if on_gpu else EAGER_BYTES_PER_LOGIT - (4 if dtype.itemsize == 4 else 0))
+    hidden, vocab_size = int(c.hidden_size), int(c.vocab_size)
+    return tokens * hidden * (2 * dtype.itemsize + 4) + chunk * (vocab_size * logit + hidden * dtype.itemsize)
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def plan_memory(settings: Settings) -> MemoryPlan:
+    """Predict the memory of a training step from the second on (the first makes the optimizer's state)."""
+    s = settings
+    c, value = s.config, compute_dtype(s.precision).itemsize
+    layers = [_projections(s, i) for i in range(c.num_hidden_layers)]
+    tokens = s.batch_size * s.seq_len
+    one_input = tokens * c.hidden_size * value
+    mine = [_layer_bytes(s, layer, s.shards) for layer in layers]
+    whole = [_layer_bytes(s, layer, 1) for layer in layers]
+    adapters = sum(b.adapters for b in mine)
+    matrix = c.vocab_size * c.hidden_size * value
+    my_matrix = _rows(c.vocab_size, s.shards) * c.hidden_size * value
+
+    resident = {
+        "4-bit layers": sum(b.frozen for b in mine),
+        "embeddings and head": my_matrix * (1 if c.tie_word_embeddings else 2)
+        + _rows(c.hidden_size, s.shards) * value,  # the final norm
+        "adapters": adapters,
+        "optimizer state": 2 * adapters,
+    }
+    host = 0
+    if s.offload:
+        host, resident = sum(resident.values()) + adapters, {}
+    resident["statistics"] = sum(b.statistics for b in whole)
+    resident["workspace"] = _workspace_bytes(s)
+
+    gradients = 0 if s.offload else adapters
+    if s.accumulate == 1 and s.strategy != "ddp":
+        early_gradients = 0
+    elif s.is_sharded and s.shards > 1:  # not reduced before the last micro-batch
+        early_gradients = sum(b.adapters for b in whole)
+    else:
+        early_gradients = gradients
+
+    kept = [_kept_bytes(s, layer) for layer in layers]
+    activations = 2 * value * s.seq_len * c.head_dim + 32 * tokens  # rotary embeddings, tokens and labels
+    returned = 0
+    if s.offload_activations:
+        # One input is back while its layer is recomputed and, compiled or in float32, until that layer's backward ends.
+        # In forward one's memory is free as soon as its layer is queued, but for the first layer's where layers are
+        # compiled: there it is a leaf of the autograd graph, which holds its leaves.
+        returned = one_input
+        activations += one_input if s.compile else 0
+        host += len(layers) * (_pinned_bytes(one_input) if s.compute_capability else one_input)
+    if s.checkpoint_activations:
+        per_layer = 0 if s.offload_activations else one_input
+        activations += per_layer * len(layers)
+        recomputed = max(kept) - (one_input if value == 4 else 0)  # in float32 the first norm keeps that input itself
+    else:
+        per_layer, recomputed = max(kept), 0
+        activations += sum(kept) - tokens * (4 * c.hidden_size + 4)  # embeddings have no gradient: one norm less
+    # Going back through the layers, activations are freed and gradients made: the peak is at either end.
+    freed, made = per_layer * (len(layers) - 1), max(0, gradients - early_gradients)
+    last_activations, late_gradients = (activations - freed, made) if made > freed else (activations, 0)
+
+    moments = {
+        "loss": {
+            **resident,
+            "gradients": early_gradients,  # QLoRACausalLM frees those of the last step
+            "activations": activations,
+            "loss": _loss_bytes(s),
+        },
+        "backward": {
+            **resident,
+            "gradients": early_gradients + late_gradients,
+            "activations": last_activations + returned,
+            "recomputed layer": recomputed,
+            "working memory": max(_working_bytes(s, layer) for layer in layers),
+        },
+        "step": {**resident, "gradients": max(gradients, early_gradients)},
+    }
+    if s.is_sharded:
+        _add_gathered(s, moments, matrix, whole)
+    return MemoryPlan(s, {name: {p: n for p, n in parts.items() if n} for name, parts in moments.items()}, host)
+
+
+def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int, layers: list[_LayerBytes]) -> None:
+    """What FSDP2 gathers: twice a group, as it arrives from all ranks and as the parameters that it is copied to."""
+    loss, backward = moments["loss"], moments["backward"]
+    group = max(b.frozen + b.adapters for b in layers)
+    everything = sum(b.frozen + b.adapters for b in layers)
+    arriving = group * max(1, s.prefetch) if s.shards > 1 else 0
+    if s.reshard_after_forward:
+        backward["gathered layers"] = group + arriving
+    else:
+        loss["gathered layers"] = backward["gathered layers"] = everything
+    if s.config.tie_word_embeddings:  # with the root, which stays gathered; the last layer's arrival is freed after it
+        loss["gathered layers"] = loss.get("gathered layers", 0) + arriving
+        loss["gathered embeddings"] = backward["gathered embeddings"] = matrix
+    elif s.shards > 1:  # as it arrives, so does the last layer, whose buffer is gone when the loss starts
+        loss["gathered head"] = 2 * matrix + max(0, arriving - loss["loss"])
+    else:  # the copy from the host is gone when the loss starts
+        loss["gathered head"] = matrix + max(0, matrix - loss["loss"])
+    if s.shards > 1:
+        backward["reduced gradients"] = 2 * max(b.adapters for b in layers)
