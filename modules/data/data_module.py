@@ -46,8 +46,8 @@ class ChatDataModule(L.LightningDataModule):
     data is held out; a text that is repeated more often than that is trained on.
 
     With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRACausalLM`` does).
-    The samples of both parts are packed once, by :func:`~lightning_qlora.modules.data.packing.pack_samples`; what is shuffled
-    each epoch are the packs. The loss of an epoch is that of the unpacked samples, in other batches.
+    The samples of both parts are packed once, by :func:`~lightning_qlora.modules.data.packing.pack_samples`; the packs
+    are shuffled in each epoch. The loss of an epoch is that of the unpacked samples, in other batches.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.

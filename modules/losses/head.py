@@ -28,8 +28,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels`` in chunks of tokens.
 
-    :func:`~lightning_qlora.modules.losses.linear_loss` of :func:`~lightning_qlora.modules.losses.functional.cross_entropy`
-    over the labels that count, which it checks. Tokens that are ignored are not projected.
+    :func:`~.linear_loss.linear_loss` of :func:`~.functional.cross_entropy` over the labels that count, which it checks.
+    Tokens that are ignored are not projected.
 
     Args:
         hidden: [..., H], float16, bfloat16, float32 or float64.
