@@ -41,7 +41,8 @@ from lightning_qlora.modules.hardware import capabilities, default_precision, pe
 from lightning_qlora.modules.losses import functional as losses
 from lightning_qlora.modules.losses.head import linear_cross_entropy
 from lightning_qlora.modules.losses.linear_loss import linear_loss
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import specialize
+from lightning_qlora.modules.models.families import FAMILIES
 from lightning_qlora.modules.training.run_directory import writable_directory
 
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-3, "16-mixed": 1e-3}
@@ -117,16 +118,18 @@ class Finetune(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=2e-5)
 
 
-def finetune(kind: type[LlamaForCausalLM], directory: Path | None, ids: Tensor, device: str) -> dict[str, Any]:
+def finetune(chunked: bool, directory: Path | None, ids: Tensor, device: str) -> dict[str, Any]:
     """Losses of a step for each batch of ``ids`` [steps, B, S], and peak MiB; a random 1B without a ``directory``."""
     if directory:
-        model = kind.from_pretrained(directory, dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
     else:
         with torch.device(device):
-            model = kind(SHAPES["llama-3.2-1b"].config())
+            model = LlamaForCausalLM(SHAPES["llama-3.2-1b"].config())
         L.seed_everything(0, verbose=False)  # the two kinds draw differently themselves
         for _, parameter in sorted(model.named_parameters()):
             torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.02)
+    if chunked:
+        specialize(model, FAMILIES["llama"], attention=None, windows=[None] * model.config.num_hidden_layers)
     task = Finetune(model.train())
     trainer = L.Trainer(
         max_steps=len(ids), accelerator=device, devices=1, precision=default_precision(), logger=False,
@@ -183,8 +186,8 @@ def main(
         text = "\n".join(m["content"] for card in stdlib_api_cards() for m in card["messages"])[: 16 * wanted]
         tokens = load_tokenizer(directory)(text)["input_ids"] if directory else list(text.encode())
         ids = torch.tensor(tokens)[torch.arange(wanted) % len(tokens)].view(max_steps, batch_size, seq_len)
-        runs = {"plain": LlamaForCausalLM, "chunked": QLoRALlamaForCausalLM}
-        report["finetune"] = {name: finetune(kind, directory, ids, device) for name, kind in runs.items()}
+        runs = {"plain": False, "chunked": True}
+        report["finetune"] = {name: finetune(chunked, directory, ids, device) for name, chunked in runs.items()}
         for step, (a, b) in enumerate(zip(*(run["losses"] for run in report["finetune"].values()), strict=True), 1):
             difference = abs(a - b) / a
             wrong += [] if difference <= step * TOLERANCES[default_precision()] else [f"step {step}"]

@@ -35,13 +35,13 @@ from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, RunReport
 from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
 from lightning_qlora.modules.hardware import capabilities, check_devices, check_precision, compute_dtype
 from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.run_directory import writable_directory
 

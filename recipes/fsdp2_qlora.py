@@ -34,7 +34,6 @@ from lightning_qlora.callbacks import (
     ThroughputReport,
 )
 from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
@@ -45,6 +44,7 @@ from lightning_qlora.modules.hardware import capabilities, check_devices, check_
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.activation_offload import check_offload
 from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
 from lightning_qlora.modules.training.run_directory import RunDirectory

@@ -32,12 +32,12 @@ from benchmarks.shapes import model_directory
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
 from lightning_qlora.modules.distributed.strategies import build_strategy
 from lightning_qlora.modules.hardware import check_precision, compute_dtype
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.run_directory import writable_directory
 

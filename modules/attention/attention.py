@@ -177,6 +177,7 @@ def attention_inputs(
     device: torch.device,
     document_lengths: list[list[int]] | None = None,
     sliding_window: int | None = None,
+    windows: tuple[int | None, ...] = (None,),
 ) -> dict[str, Any]:
     """Keyword arguments of transformers' model that make a batch's attention causal inside its documents.
 
@@ -192,6 +193,7 @@ def attention_inputs(
     Raises:
         ValueError: If ``document_lengths`` do not describe the batch.
     """
+    sliding_window = windows[0]
     rows, length = shape
     if document_lengths is not None:
         fits = [sum(row) == length and min(row) > 0 for row in document_lengths]

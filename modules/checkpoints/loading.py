@@ -7,7 +7,7 @@ nested statistics of its quantization span all rows; it is quantized on the laye
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -36,7 +36,13 @@ class LoadReport:
     bytes_read: int
 
 
-def check_weights(model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: tuple[str, ...] = ("lora_",)) -> None:
+def _nothing(name: str) -> bool:
+    return False
+
+
+def check_weights(
+    model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: Callable[[str], bool] = _nothing
+) -> None:
     """Check from headers alone that ``checkpoint`` fills ``model``, which may be on the meta device still.
 
     Args:
@@ -67,7 +73,7 @@ def check_weights(model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: 
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: tuple[str, ...] = ("lora_",)
+    model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: Callable[[str], bool] = _nothing
 ) -> LoadReport:
     """Fill the frozen weights of ``model`` from ``checkpoint``, each rank of a sharded model its own part.
 
@@ -77,7 +83,7 @@ def load_weights(
     Args:
         model: Materialized (not on the meta device), sharded or not. Names may carry peft's ``.base_layer``.
         checkpoint: The base model's tensors.
-        skip: Parameters whose name contains one of these are left alone (the adapters).
+        skip: Says of a parameter's name whether it is left alone, because the checkpoint does not hold it (adapters).
 
     Raises:
         ValueError: As :func:`check_weights`, before anything is read.
@@ -92,7 +98,7 @@ def load_weights(
     return LoadReport(perf_counter() - start, checkpoint.bytes_read - before)
 
 
-def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, Tensor | NF4Linear]]:
+def _targets(model: nn.Module, skip: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | NF4Linear]]:
     """What is to be filled, under the checkpoint's names: 4-bit layers, then the other parameters."""
     quantized: set[str] = set()
     for name, module in model.named_modules():
@@ -100,7 +106,7 @@ def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, Ten
             quantized |= {f"{name}.weight", f"{name}.absmax"}
             yield f"{_plain(name)}.weight", module
     for name, parameter in model.named_parameters():  # visits a tied weight once, under its first name
-        if name not in quantized and not any(part in name for part in skip):
+        if name not in quantized and not skip(name):
             yield _plain(name), parameter
 
 

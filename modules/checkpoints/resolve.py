@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .config import load_config
+from .config import read_config
 from .demo_model import DEMO_MODEL, demo_model_directory
 from .gguf import convert_gguf
 from .safetensors_files import SafetensorsCheckpoint
@@ -22,7 +22,7 @@ def resolve_model(model: str | Path) -> Path:
         model: :data:`DEMO_MODEL`, a transformers directory, a GGUF file, or a name on the Hugging Face hub.
 
     Raises:
-        ValueError: If there is no such model, it has no weights, or it is not a Llama causal language model.
+        ValueError: If there is no such model, or it has no configuration or weights.
     """
     path = Path(model)
     if str(model) == DEMO_MODEL and not path.exists():
@@ -43,7 +43,7 @@ def resolve_model(model: str | Path) -> Path:
         raise ValueError(f"{path} is neither a model directory nor a GGUF file.")
     else:
         directory = _download(str(model))
-    load_config(directory)
+    read_config(directory)
     SafetensorsCheckpoint(directory).close()
     return directory
 

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PretrainedConfig
 
 from ...kernels.nf4 import dequantize_4bit, dequantize_quant_state
-from ..checkpoints.config import load_config
 from ..checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from ..lora.adapter_files import read_adapter
 from ..lora.config import check_plain_lora
+from ..models.build import restore_buffers
+from ..models.families import family_of, load_config
 from ..quantization.nf4_linear import Quantized4bit
 
 #: What stands beside the weights in a transformers directory and holds as well for the merged model.
@@ -128,7 +128,7 @@ def merge_adapter(
     weights are those that the adapter was trained on.
 
     Args:
-        base: A Llama's directory, 16-bit or bitsandbytes 4-bit.
+        base: The base model's directory, 16-bit or bitsandbytes 4-bit.
         adapter: Directory of a LoRA adapter in peft's format.
         output: Must not exist.
         dtype: Of the result; ``None`` keeps the base's (that of its embeddings).
@@ -145,10 +145,10 @@ def merge_adapter(
         raise ValueError(f"{output} exists already. Name a new directory.")
     config = load_config(base)
     updates = _read_updates(adapter, config)
-    weights = _BaseWeights(base, quantize_base)
+    weights = _BaseWeights(base, quantize_base, family_of(config).projections)
     dtype = dtype or weights.checkpoint.get("model.embed_tokens.weight").dtype
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = family_of(config).model_class(config).to(dtype)
     state = model.state_dict()
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -168,7 +168,7 @@ def merge_adapter(
                 if file.name not in ("config.json", INDEX_NAME) and not file.name.startswith("adapter_"):
                     shutil.copy(file, staged)
         config.dtype = dtype
-        config.architectures = ["LlamaForCausalLM"]
+        config.architectures = [family_of(config).architecture]
         config.save_pretrained(staged)
         for filename, names in shards.filename_to_tensors.items():
             save_file(  # no name for the tensors, which would keep them alive beside the next ones
@@ -194,12 +194,12 @@ def merge_adapter(
     )  # fmt: skip
 
 
-def _read_updates(adapter: str | Path, config: LlamaConfig) -> dict[str, _Update]:
+def _read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, _Update]:
     """Weight name -> update. peft itself says which layers are adapted, and with which scaling."""
     lora = adapter_config(adapter)
     state = read_adapter(adapter, lora)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = family_of(config).model_class(config)
     try:
         inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
     except ValueError as error:
@@ -243,11 +243,11 @@ def _take(state: dict[str, Tensor], adapter: str | Path, key: str) -> Tensor:
 class _BaseWeights:
     """The base's weights by name, dense, whatever they are stored as."""
 
-    def __init__(self, base: Path, quantize: bool) -> None:
+    def __init__(self, base: Path, quantize: bool, projections: Sequence[str]) -> None:
         self.checkpoint = SafetensorsCheckpoint(base)
         if quantize and self.checkpoint.is_quantized:
             raise ValueError(f"{base} is quantized already: leave quantize_base off.")
-        self.quantize = quantize
+        self.quantize, self.projections = quantize, projections
         self.is_4bit = self.checkpoint.is_quantized or quantize
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
@@ -267,7 +267,7 @@ class _BaseWeights:
             parts = {key: self.checkpoint.get(key) for key in self.checkpoint if key.startswith(prefix)}
             quant_state = QuantState.from_dict(parts, device=torch.device("cpu"))
             return dequantize_quant_state(stored, quant_state, dtype=torch.float32)
-        if self.quantize and name.endswith("_proj.weight"):
+        if self.quantize and name.endswith(tuple(f"{each}.weight" for each in self.projections)):
             q = Quantized4bit.quantize(stored)
             return dequantize_4bit(
                 q.packed, q.absmax, q.code2, q.absmax2, q.offset, shape=q.shape, dtype=torch.float32,
@@ -316,12 +316,12 @@ def _check_parity(weights: _BaseWeights, updates: dict[str, _Update], merged: Pa
 
 @torch.no_grad()
 def _streamed_logits(
-    config: LlamaConfig, weight: Callable[[str], Tensor], updates: dict[str, _Update], ids: Tensor
+    config: PretrainedConfig, weight: Callable[[str], Tensor], updates: dict[str, _Update], ids: Tensor
 ) -> Tensor:
-    """Logits float32 [S, V] of a Llama whose layers get their weights when they are called and lose them after."""
+    """Logits float32 [S, V] of a model whose layers get their weights when they are called and lose them after."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).eval().float()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model = family_of(config).model_class(config).eval().float()
+    restore_buffers(model, torch.device("cpu"))
 
     def load(module: nn.Module, name: str) -> None:
         for attribute, _ in list(module.named_parameters(recurse=False)):

@@ -19,10 +19,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' full tensors on CPU under peft's file keys. Gathers sharded ones: all ranks must call it."""
+    """The full trained tensors on CPU under peft's file keys. Gathers sharded ones: all ranks must call it."""
     state = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if parameter.requires_grad:
             full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             state[_peft_key(name)] = full.detach().cpu().contiguous()
     return state
@@ -64,7 +64,7 @@ def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> N
         ValueError: If the directory holds no adapter, it is damaged, or its rank, alpha or layers are not the model's.
     """
     state = read_adapter(directory, lora)
-    parameters = {_peft_key(name): p for name, p in model.named_parameters() if "lora_" in name}
+    parameters = {_peft_key(name): p for name, p in model.named_parameters() if p.requires_grad}
     differing = sorted(parameters.keys() ^ state.keys())
     if differing:
         raise ValueError(

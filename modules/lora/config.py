@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 
 from peft import LoraConfig, PeftConfig
 
-#: The seven projections of a Llama decoder layer, all of which QLoRA adapts (Dettmers et al. 2023, arXiv:2305.14314).
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def default_lora(r: int = 64, alpha: int | None = None, dropout: float = 0.0) -> LoraConfig:
-    """LoRA on all seven projections, with ``alpha`` = 2 * ``r`` unless given."""
+    """LoRA on all linear layers but the head, with ``alpha`` = 2 * ``r`` unless given."""
     return LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=list(LLAMA_PROJECTIONS),
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:
+    """``lora`` itself if it names layers; if its ``target_modules`` are ``"all-linear"`` or ``None``, a copy that names
+    all ``projections``, as the saved adapter does.
+    """
+    if lora.target_modules not in (None, "all-linear"):
+        return lora
+    lora = copy.copy(lora)
+    lora.target_modules = list(projections)
+    return lora
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is a LoRA matrix."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def check_lora(lora: LoraConfig) -> LoraConfig:

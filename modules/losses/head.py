@@ -68,6 +68,10 @@ def linear_cross_entropy(
 
 
 class LossHead(nn.Linear):
+    loss: object = None
+    logit_scale = 1.0
+    softcap: float | None = None
+
     """A language-model head that returns logits, or, given labels, their loss without holding them.
 
     Keeping both in one ``forward`` lets FSDP gather the weight [V, H] for either through its ordinary hooks.

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..attention.attention import IMPLEMENTATION, register_attention
-from ..checkpoints.config import load_config
 from ..checkpoints.loading import LoadReport, check_weights, load_weights
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
-from ..lora.config import LLAMA_PROJECTIONS, check_lora
+from ..lora.config import check_lora, is_adapter, with_targets
 from ..lora.initialization import init_lora
 from ..lora.linear import LoraLinear
 from ..quantization.nf4_linear import NF4Linear
 from .activation_offload import check_offload
-from .causal_lm import Float32RotaryEmbedding, QLoRALlamaForCausalLM
+from .causal_lm import QLoRAForCausalLM, specialize
+from .families import family_of, layer_windows, load_config
 
 
 def build_model(
@@ -33,7 +33,7 @@ def build_model(
     sliding_window: int | None = None,
     checkpoint_activations: bool = False,
     offload_activations: bool = False,
-) -> QLoRALlamaForCausalLM:
+) -> QLoRAForCausalLM:
     """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
 
     Whether a projection is 4-bit follows the checkpoint if that is quantized (some leave layers in 16 bit); all of
@@ -41,48 +41,63 @@ def build_model(
 
     Args:
         checkpoint: The base model (only headers are read here).
-        lora: The adapters, on any of ``LLAMA_PROJECTIONS``.
+        lora: The adapters, on any of the family's projections; on all of them if ``target_modules`` is ``None``.
         dtype: Of embeddings, norms and head.
-        attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose: a ``Backend`` or ``"eager"``.
-        sliding_window: How many tokens one sees, itself included; ``None`` for all before it.
+        attention: Name of the attention backend, as ``choose_attention`` returned it.
+        sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
         offload_activations: Keep the inputs of recomputed layers in host memory.
 
     Raises:
-        ValueError: If the model is not a Llama, ``lora`` is not supported, or there is nothing to offload.
+        ValueError: If the model's family is unknown, ``lora`` is not supported, a layer would stay unquantized that
+            should not (a mixture of experts), or there is nothing to offload.
     """
     check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
     config = load_config(checkpoint.directory)
+    family, windows = family_of(config), layer_windows(config, sliding_window)
     register_attention()
-    config._attn_implementation = attention if attention == "eager" else IMPLEMENTATION
+    config._attn_implementation = IMPLEMENTATION
     config.attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
-        model = QLoRALlamaForCausalLM(config)
-    model.attention_backend = None if attention == "eager" else attention
-    for parent_name, parent in list(model.model.named_modules()):
-        for attribute, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                name = f"model.{parent_name}.{attribute}.weight"
-                state = checkpoint.quant_state(name)
-                if state is not None or not checkpoint.is_quantized:
-                    setattr(parent, attribute, _projection(child, state, dtype))
+        stock = family.model_class(config)
+    model = specialize(stock, family, attention=attention, windows=windows)
+    _quantize(model.model, checkpoint, dtype)
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:
         layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
-    config = copy.copy(check_lora(lora))
+    lora = with_targets(check_lora(lora), family.projections)
+    config = copy.copy(lora)
     config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
     inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     for name, module in model.named_modules():
-        if isinstance(module, peft_lora.LoraLayer) and name.rpartition(".")[2] not in LLAMA_PROJECTIONS:
+        if isinstance(module, peft_lora.LoraLayer) and name.rpartition(".")[2] not in family.projections:
             raise ValueError(
                 f"LoRA target_modules {lora.target_modules} match {name!r}, which is no projection of a decoder layer. "
-                f"Choose from {LLAMA_PROJECTIONS}."
+                f"Choose from {family.projections}."
             )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(model.is_trained(name))
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"LoRA target_modules {lora.target_modules} match no layer. Choose from {LLAMA_PROJECTIONS}.")
+        raise ValueError(f"LoRA target_modules {lora.target_modules} match no layer. Choose from {family.projections}.")
     return model
+
+
+def _quantize(decoder: nn.Module, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype) -> None:
+    """Replace the linear layers below ``decoder`` by empty 4-bit ones, as far as the checkpoint has them in 4 bits."""
+    for parent_name, parent in list(decoder.named_modules()):
+        for attribute, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                name = ".".join(["model", *parent_name.split(".") * bool(parent_name), attribute, "weight"])
+                state = checkpoint.quant_state(name)
+                if state is not None or not checkpoint.is_quantized:
+                    setattr(parent, attribute, _projection(child, state, dtype))
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim > 2:
+            raise ValueError(
+                f"{name!r} has the shape {tuple(parameter.shape)}, as the experts of a mixture of experts do. Only "
+                "linear layers are quantized here, so it would stay in 16 bits and fill the memory: mixtures of "
+                "experts are not supported."
+            )
 
 
 def _projection(linear: nn.Linear, state: dict[str, Any] | None, dtype: torch.dtype) -> NF4Linear:
@@ -102,7 +117,7 @@ def _cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def materialize(
-    model: QLoRALlamaForCausalLM, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
+    model: QLoRAForCausalLM, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
     parameters_on: torch.device | None = None,
 ) -> LoadReport:  # fmt: skip
     """Allocate a meta model (after ``fully_shard``, so only this rank's part), and load and initialise all of it.
@@ -117,21 +132,40 @@ def materialize(
     Raises:
         ValueError: Before anything is allocated, if the checkpoint does not fill the model.
     """
-    check_weights(model, checkpoint)
+    check_weights(model, checkpoint, skip=is_adapter)
     model.to_empty(device=parameters_on or device)
-    # inv_freq is in no checkpoint, and to_empty() has just overwritten it. The module itself may be compiled: keep it.
-    with torch.device("cpu"):  # some of Lightning's strategies make the GPU the default, where rounding differs
-        rotary = Float32RotaryEmbedding(config=model.config)
-    for name, buffer in rotary.named_buffers():
-        setattr(model.model.rotary_emb, name, buffer.to(device))
+    restore_buffers(model, device)
     if parameters_on is not None and parameters_on != device:
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(device))
     if model.config.tie_word_embeddings:  # to_empty() unties them where FSDP does not hold them together
         model.lm_head.weight = model.model.embed_tokens.weight
-    report = load_weights(model, checkpoint)
+    report = load_weights(model, checkpoint, skip=is_adapter)
     init_lora(model, seed)
     if (checkpoint.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return report
+
+
+def restore_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers of a causal language model that are in no checkpoint, and which ``to_empty`` overwrites.
+
+    Their modules may be compiled, so they stay. The embedding's scale (Gemma) is a plain number of the module.
+
+    Raises:
+        ValueError: If there is another such buffer.
+    """
+    with torch.device("cpu"):  # some of Lightning's strategies make the GPU the default, where rounding differs
+        rotary = type(model.model.rotary_emb)(config=model.config)
+    for name, module in model.named_modules():
+        for buffer in sorted(module._non_persistent_buffers_set):
+            if module is model.model.rotary_emb:
+                value = rotary.get_buffer(buffer)
+            elif buffer == "embed_scale":
+                value = torch.tensor(module.scalar_embed_scale)
+            else:
+                raise ValueError(
+                    f"Buffer {buffer!r} of {name!r} is in no checkpoint, and how to compute it is unknown."
+                )
+            setattr(module, buffer, value.to(device))

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import Tensor, nn
 
 from .activation_offload import offload_to_host
 
 
-class QLoRALlamaDecoderLayer(LlamaDecoderLayer):
-    """transformers' decoder layer with activation checkpointing inside ``forward``.
+class CheckpointedLayer(nn.Module):
+    """Mixin for transformers' decoder layers: activation checkpointing inside ``forward``.
 
     Hooks (FSDP2's gather the weights) then run outside the checkpoint, and torch.compile sees the recomputation: it
     leaves out what no gradient needs, such as the product with ``down_proj``. transformers' own checkpointing wraps
@@ -35,7 +34,7 @@ class QLoRALlamaDecoderLayer(LlamaDecoderLayer):
             return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``LlamaDecoderLayer.forward``: hidden_states [B, S, H] -> [B, S, H]."""
+        """As the layer's own forward: hidden_states [B, S, H] -> [B, S, H]."""
         forward = functools.partial(super().forward, **kwargs)
         if not self._is_recomputed(kwargs):
             return forward(hidden_states, *args)  # type: ignore[no-any-return]

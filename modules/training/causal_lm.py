@@ -1,400 +1,102 @@
-"""The LightningModule: QLoRA finetuning of a Llama, on one device or sharded by :class:`FSDP2Strategy`.
+"""The LightningModule of causal language models: QLoRA finetuning on one device or on several, sharded or not.
 
-Shapes: B samples, S tokens a sample. A *step* is an optimizer step; it takes ``accumulate_grad_batches`` micro-batches
-on each rank.
+Shapes: B samples, S tokens per sample, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning.pytorch as L
-import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from ..attention.attention import AttentionName, check_attention, choose_attention
-from ..checkpoints.config import load_config
-from ..checkpoints.loading import LoadReport
-from ..checkpoints.safetensors_files import SafetensorsCheckpoint
-from ..checkpoints.tokenizer import load_tokenizer
-from ..distributed.collectives import all_reduce_sum, gather_objects
-from ..distributed.fsdp2 import FSDP2Strategy
-from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
-from ..hardware import compute_dtype
-from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
-from ..lora.config import check_lora, default_lora
-from ..models.activation_offload import check_offload
-from ..models.build import build_model, materialize
-from ..models.causal_lm import QLoRALlamaForCausalLM
-from ..models.compilation import CompileMode, check_compile_mode
-from .optimizer import ShardAdamW, global_norm, gradients, scale_
-from .resume_identity import BaseIdentity
+from ..losses.functional import cross_entropy
+from ..models.causal_lm import QLoRAForCausalLM
+from .base import QLoRAModule
+from .generation import greedy_answer
 
-#: What micro-batches divide their loss sums by: any constant does, this one suits float16.
-LOSS_DIVISOR = 1024.0
-
-#: Key of this module's own entry in a training checkpoint.
-CHECKPOINT_KEY = "lightning_qlora"
-
-_UNHARMED = (
-    "The weights are still those of the step before. Look at that data, or resume from the last checkpoint with a "
-    "lower learning rate."
-)
+#: What a batch holds beside the model's inputs: counts, as python ints, so that reading them waits for no device.
+_COUNTS = ("num_tokens", "num_loss_tokens")
 
 
-class QLoRACausalLM(L.LightningModule):
-    """Finetunes LoRA adapters on a Llama whose base is frozen in 4 bits.
+class QLoRACausalLM(QLoRAModule):
+    """Finetunes LoRA adapters on a causal language model whose base is frozen in 4 bits.
 
-    A batch is a dict with ``input_ids`` and ``labels``, int64 [B, S], right-padded, labels -100 where no loss is taken,
-    and ``num_loss_tokens``, the number of other labels in ``labels[:, 1:]`` as a python int. No attention mask is
-    needed: attention is causal, so a token never sees the padding to its right. A batch of packed rows also has
-    ``position_ids``, int64 [B, S], restarting at 0 for each document, and ``document_lengths``, for each row a list of
-    python ints that sum to S.
-
-    The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however
-    unequal. Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the
-    count.
-
-    Logged: ``train_loss`` (mean over the step's tokens), ``lr``, ``grad_norm`` (before clipping), ``val_loss``.
+    A batch is a dict of the model's inputs: ``input_ids`` and ``labels``, int64 [B, S], right-padded, labels -100 where
+    no loss is taken. Attention is causal, so a token never sees the padding to its right: no attention mask is needed.
+    A batch of packed rows also has ``position_ids``, int64 [B, S], restarting at 0 for each document, and
+    ``document_lengths``, for each row a list of python ints that sum to S. ``num_loss_tokens``, how many of
+    ``labels[:, 1:]`` are not -100, as a python int, spares a wait for the device; ``num_tokens`` is for reports.
 
     Args:
-        model_dir: A transformers directory of a Llama with safetensors, 16-bit or bitsandbytes 4-bit.
-        lora: Adapters; default :func:`default_lora`.
-        learning_rate: Peak of the schedule.
-        warmup_steps: Steps of linear warm-up.
-        schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
-        weight_decay: AdamW's, on the adapters.
-        checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
-        offload_activations: Keep what recomputation starts from in host memory; needs ``checkpoint_activations``.
-        attention: ``"auto"``, ``"sdpa"``, ``"flex"``, ``"flash"`` or ``"xformers"``, which all compute the same (see
-            :func:`~lightning_qlora.modules.attention.choose_attention`); ``"eager"`` is transformers' own.
-        sliding_window: A token sees this many, itself included; ``None`` for all before it.
-        packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
-        compile: Compile the model's parts with torch.compile (see ``QLoRALlamaForCausalLM.compile_regions``).
-        compile_backend: As in :func:`~lightning_qlora.modules.models.compilation.compile_region`.
-        init_adapter: Directory of a peft LoRA adapter to continue from.
-        model_name: How reports and the saved adapter name the base; default ``model_dir``.
-        seed: Of the LoRA initialisation and of dropout.
+        model_dir: As :class:`QLoRAModule`, like all other arguments.
+        lora: As :class:`QLoRAModule`.
+        loss: What is trained: a function of ``losses/functional.py``, or any function of logits [C, V] of C tokens,
+            their labels [C] and ``loss_inputs`` [C, ...] that returns one value per token, or their sum; see
+            :func:`~lightning_qlora.modules.losses.linear_loss`. Settings are fixed by ``functools.partial``, as in
+            ``partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)``.
+        loss_inputs: Names of the batch's tensors [B, S, ...] that ``loss`` takes after the labels; the value at a
+            position belongs to the token at that position, as its label does.
+        settings: As :class:`QLoRAModule`.
 
     Raises:
-        ValueError: For settings out of range, a directory that is no Llama checkpoint, or an unsupported ``lora``.
+        ValueError: As :class:`QLoRAModule`.
     """
-
-    report_key = "loading"
 
     def __init__(
         self,
         model_dir: str | Path,
         lora: LoraConfig | None = None,
         *,
-        learning_rate: float = 2e-4,
-        warmup_steps: int = 0,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
-        weight_decay: float = 0.0,
-        checkpoint_activations: bool = False,
-        offload_activations: bool = False,
-        attention: AttentionName | Literal["eager"] = "auto",
-        sliding_window: int | None = None,
-        packing: bool = False,
-        compile: CompileMode = "off",
-        compile_backend: str | Callable[..., Any] = "inductor",
-        init_adapter: str | Path | None = None,
-        model_name: str | None = None,
-        seed: int = 0,
+        loss: Callable[..., Any] = cross_entropy,
+        loss_inputs: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise ValueError(f"learning_rate must be a positive finite number, got {learning_rate}.")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}.")
-        if schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
-        self.model_dir = Path(model_dir)
-        load_config(self.model_dir)
-        self.lora = check_lora(lora or default_lora())
-        self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
-        check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
-        self.checkpoint_activations, self.offload_activations = checkpoint_activations, offload_activations
-        self.weight_decay = weight_decay
-        check_attention(attention, sliding_window)
-        self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
-        self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
-        self.init_adapter = None if init_adapter is None else Path(init_adapter)
-        if self.init_adapter is not None:
-            read_adapter(self.init_adapter, self.lora)
-        self.model_name = model_name or str(model_dir)
-        self.seed = seed
-        self.base = SafetensorsCheckpoint(self.model_dir)
-        self.identity = BaseIdentity.of(self.base, self.lora)
-        self.strict_loading = False  # checkpoints hold the adapters only
-        self.model: QLoRALlamaForCausalLM | None = None
-        self._load: LoadReport | None = None
-        self._pending: list[tuple[Tensor, int]] = []
-        self._val: list[tuple[Tensor, int]] = []
+        super().__init__(model_dir, lora, **settings)
+        self.loss, self.loss_inputs = loss, tuple(loss_inputs)
+        self._inputs = set(inspect.signature(QLoRAForCausalLM.forward).parameters) - {"self", "kwargs"}
 
-    # --- model -------------------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Build, shard and load the model: structure on the meta device first, so that no rank ever holds all of it."""
-        if self.model is not None:
-            return
-        strategy = self.trainer.strategy
-        dtype = compute_dtype(self.trainer.precision_plugin.precision)
-        device, parameters_on = strategy.root_device, None
-        attention = self._attention(device, dtype, load_config(self.model_dir).attention_dropout)
-        model = build_model(
-            self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
-            checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations,
-        )  # fmt: skip
-        model.compile_regions(self.compile_mode, backend=self.compile_backend)
-        if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(model, model.shard_groups())
-            parameters_on = strategy.parameters_device
-        self._load = materialize(model, self.base, device, seed=self.seed, parameters_on=parameters_on)
-        if self.init_adapter is not None:
-            load_adapter(model, self.init_adapter, self.lora)
-        self.model = model
-
-    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
-        """The backend, after having said which and why."""
-        backend, reason = choose_attention(
-            self.attention,
-            packed=self.packing,
-            sliding_window=self.sliding_window,
-            compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype=dtype,
-            dropout=dropout,
-        )
-        rank_zero_info(f"Attention: {backend}. {reason}")
-        return backend
+    def adapt(self, model: QLoRAForCausalLM) -> None:
+        """Give the head the loss to compute."""
+        model.lm_head.loss = self.loss
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Logits [B, S, V] of ``input_ids`` int64 [B, S], in the compute dtype."""
         return self._model(input_ids=input_ids, **kwargs).logits  # type: ignore[no-any-return]
 
-    def report_section(self) -> dict[str, float] | None:
-        """For a run's report, under ``report_key``: how long rank 0 read weights, in seconds, and how many bytes."""
-        return None if self._load is None else dataclasses.asdict(self._load)
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of a token in a sample of ``seq_len``, forward and backward, without what checkpointing repeats.
-
-        Four a frozen weight (no gradient of its own), six a trained one, and attention without regard to causality.
-        """
-        config = self._model.config
-        attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-        return float(self._flops_of_weights + attention)
-
-    @functools.cached_property
-    def _flops_of_weights(self) -> int:  # walking through all modules takes milliseconds, in every micro-batch
-        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
-        return sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
-
-    @property
-    def _model(self) -> QLoRALlamaForCausalLM:
-        if self.model is None:
-            raise RuntimeError("The model does not exist before configure_model(), which the Trainer calls.")
-        return self.model
-
-    # --- training ----------------------------------------------------------------------------------------------------
-
-    def on_train_start(self) -> None:
-        """Forget micro-batches of a step that an earlier ``fit`` did not finish: their gradients are gone too."""
-        self._pending.clear()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout a function of (seed, micro-batch, rank), so that a resumed run repeats the first one's."""
-        if self.lora.lora_dropout > 0:
-            micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
-            torch.manual_seed(((self.seed * 1_000_003 + micro_batch) * 4_099 + self.global_rank) % 2**63)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The micro-batch's loss sum over a constant; :meth:`on_before_optimizer_step` makes it the mean's."""
-        loss = self._loss_sum(batch)
-        self._pending.append((loss.detach(), batch["num_loss_tokens"]))
-        return loss / LOSS_DIVISOR
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescale the accumulated gradients to those of the mean over all tokens of the step, and log that mean.
+    def loss_sum(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """The loss of a batch, summed over its tokens that count (float32, 0-dim), and how many these are.
 
         Raises:
-            FloatingPointError: On all ranks, if the loss is not finite and no loss scaler skips the step.
+            ValueError: If the batch lacks labels, or holds something that the model does not take.
         """
-        local = [loss for loss, _ in self._pending]
-        loss_sum, tokens = self._reduce(self._pending)
-        if not math.isfinite(loss_sum):
-            self._refuse_step(local)
-        # Undone here: the divisor, Lightning's division by the accumulation, and the strategy's mean over ranks.
-        scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
-        scale_(gradients(optimizer), scale)
-        self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm over all ranks (``Trainer(gradient_clip_val=...)``), and log that norm.
-
-        Raises:
-            FloatingPointError: On all ranks, if the norm is not finite and no loss scaler skips the step.
-        """
-        trained = gradients(optimizer)
-        norm = global_norm(trained)
-        self.log("grad_norm", norm)
-        # The device is idle here, for the loss has just been read: this costs no more than its own latency.
-        if self._scaler is None and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient norm of optimizer step {self.trainer.global_step + 1} is {float(norm)} though its loss "
-                f"is finite: the backward overflowed. {_UNHARMED}"
+        inputs = {name: value for name, value in batch.items() if name not in (*_COUNTS, *self.loss_inputs)}
+        if unknown := sorted(inputs.keys() - self._inputs):
+            raise ValueError(
+                f"The batch holds {', '.join(unknown)}, which the model does not take: it would change nothing. Leave "
+                "it out of the batch, or name what the loss takes in loss_inputs."
             )
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm in (None, "norm"):
-            scale_(trained, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step, then free the gradients: Lightning does so after the next forward, at the loss, where memory peaks."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _refuse_step(self, losses: list[Tensor]) -> None:
-        """Say which micro-batches of which ranks have no finite loss, and raise unless the scaler skips the step."""
-        mine = [(self.global_rank, i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        named = ", ".join(f"micro-batch {i} of rank {rank}" for part in gather_objects(mine) for rank, i in part)
-        what = f"The loss of optimizer step {self.trainer.global_step + 1} is not finite: {named}."
-        if self._scaler is None:
-            raise FloatingPointError(f"{what} {_UNHARMED}")
-        rank_zero_warn(f"{what} All ranks skip this step.")
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget batches of a validation that was interrupted."""
-        self._val.clear()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Collect the batch's loss sum and token count."""
-        self._val.append((self._loss_sum(batch), batch["num_loss_tokens"]))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean over all tokens of all ranks."""
-        loss_sum, tokens = self._reduce(self._val)
-        # Equal on all ranks already; sync_dist only tells Lightning so.
-        self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW on the adapters, with a schedule by step."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        missing = [n for n, p in self.named_parameters() if p.requires_grad != ("lora_" in n)]
-        assert not missing, f"requires_grad is wrong for {missing[:3]}"
-        optimizer = ShardAdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = LambdaLR(optimizer, lambda step: self._schedule(step, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _schedule(self, step: int, steps: float) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.schedule == "constant" or not math.isfinite(steps):
-            return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
-        return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-
-    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
+        if missing := [name for name in ("labels", *self.loss_inputs) if name not in batch]:
+            raise ValueError(f"The batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}.")
+        tokens = batch.get("num_loss_tokens")
+        if tokens is None:
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
         # The loss is computed inside the forward of the module that FSDP2 took as its root: only there are weights
         # gathered.
         output = self._model(
-            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=1,
-            num_loss_tokens=batch["num_loss_tokens"], position_ids=batch.get("position_ids"),
-            document_lengths=batch.get("document_lengths"),
+            **inputs, loss_inputs=tuple(batch[name] for name in self.loss_inputs), num_items_in_batch=1,
+            num_loss_tokens=tokens,
         )  # fmt: skip
-        return output.loss  # type: ignore[no-any-return]
+        return output.loss, tokens
 
-    def _reduce(self, parts: list[tuple[Tensor, int]]) -> tuple[float, int]:
-        """Sum (loss, tokens) over ``parts`` and ranks, and empty ``parts``. The step's only wait for the device."""
-        loss = float(torch.stack([loss.double() for loss, _ in parts]).sum()) if parts else 0.0
-        tokens = sum(tokens for _, tokens in parts)
-        parts.clear()
-        loss, total = all_reduce_sum([loss, tokens], self.device)
-        return loss, int(total)
-
-    # --- in and out --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is trained, whatever the strategy collected, and add what identifies base and adapters."""
-        trained = trained_shapes(self)
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
-        checkpoint[CHECKPOINT_KEY] = self.identity.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or LoRA shape, or a partial one.
-
-        Raises:
-            ValueError: Naming what differs or is missing.
-        """
-        self.identity.check(checkpoint.get(CHECKPOINT_KEY, {}), "The checkpoint")
-        if self.model is not None:
-            # Loading is not strict, for the base is not in the checkpoint; so what must be there is checked here.
-            trained = trained_shapes(self)
-            state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
-            check_state(state, trained, "to resume from")
-
-    def check_checkpoint(self, path: str | Path | None) -> None:
-        """Check, before any model is built, that training can resume from ``path``; ``None`` is fine.
-
-        Raises:
-            ValueError: If the checkpoint is damaged or made for another base or LoRA shape.
-        """
-        if path is not None:
-            self.identity.check(read_checkpoint(path).get(CHECKPOINT_KEY, {}), path)
-
-    def save_adapter(self, directory: str | Path) -> None:
-        """Write the adapter in peft's format (``PeftModel.from_pretrained`` loads it). All ranks must call it."""
-        save_adapter(self._model, directory, self.lora, self.model_name, write=self.global_rank == 0)
-
-    @torch.no_grad()
     def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a one-turn chat with ``prompt``. All ranks of a sharded model must call it together."""
-        tokenizer = load_tokenizer(self.model_dir)
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.device)
         training = self.training
         self.eval()
         with self.trainer.precision_plugin.forward_context():
-            tokens = self._model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            text = greedy_answer(self._model, self.model_dir, prompt, self.device, max_new_tokens)
         self.train(training)
-        return str(
-            tokenizer.decode(
-                tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        ).strip()
+        return text

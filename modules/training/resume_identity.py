@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..checkpoints.config import load_config
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
+from ..models.families import load_config
 
 #: What older checkpoints do not hold.
 _LATER_IN_IDENTITY = {"lora_use_rslora", "lora_rank_pattern", "lora_alpha_pattern"}

@@ -18,9 +18,9 @@ from packed_steps import check_rows, draw_steps, packed_batches, read_samples
 from record import RESULTS, save_record
 from shapes import model_directory
 
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.hardware import check_precision, compute_dtype
+from lightning_qlora.modules.models.families import load_config
 
 
 def main(

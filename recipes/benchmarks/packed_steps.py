@@ -8,13 +8,13 @@ import random
 import re
 from pathlib import Path
 
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.data.chat_template import tokenize_chats
 from lightning_qlora.modules.data.collators import ChatCollator, PackedCollator, join_samples
 from lightning_qlora.modules.data.packing import pack_samples
 from lightning_qlora.modules.data.samples import IGNORE_INDEX, Batch, PackedBatch, Sample
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.models.families import load_config
 
 _BLANK: Sample = {"input_ids": [0], "labels": [IGNORE_INDEX]}
 

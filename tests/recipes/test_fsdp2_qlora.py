@@ -26,7 +26,7 @@ from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data.data_module import ChatDataModule
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
-from lightning_qlora.modules.lora.config import LLAMA_PROJECTIONS
+from lightning_qlora.modules.models.families import FAMILIES
 from tests.distributed import RankPools
 from tests.recipes.runs import (
     GLOBAL_BATCH,
@@ -55,7 +55,7 @@ def write_stock_adapter(model_dir: Path, directory: Path, r: int) -> Path:
     """An adapter as peft itself makes it, with B not zero, so that A has a gradient from the first step."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     torch.manual_seed(1)
-    lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(LLAMA_PROJECTIONS), task_type="CAUSAL_LM")
+    lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(FAMILIES["llama"].projections), task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

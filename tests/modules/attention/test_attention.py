@@ -27,7 +27,7 @@ from lightning_qlora.modules.attention.attention import (
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,7 +164,7 @@ def test_what_it_cannot_do_is_refused(name):
 BACKENDS = ["sdpa", "sdpa_repeated_kv", "flex"]
 
 
-def load(directory: Path, attention: str, device: str = "cpu", **options: Any) -> QLoRALlamaForCausalLM:
+def load(directory: Path, attention: str, device: str = "cpu", **options: Any) -> QLoRAForCausalLM:
     checkpoint = SafetensorsCheckpoint(directory)
     model = build_model(checkpoint, default_lora(4), attention=attention, **options)
     assert model.config.num_key_value_heads < model.config.num_attention_heads

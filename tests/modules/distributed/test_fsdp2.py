@@ -18,7 +18,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
@@ -27,6 +26,7 @@ from lightning_qlora.modules.distributed.strategies import build_strategy
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear, Quantized4bit
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from tests.distributed import RankPools, groups

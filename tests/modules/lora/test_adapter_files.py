@@ -22,7 +22,7 @@ from lightning_qlora.modules.lora.adapter_files import (
 )
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,7 @@ LORAS = {
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
-def load(directory: Path, lora: LoraConfig) -> QLoRALlamaForCausalLM:
+def load(directory: Path, lora: LoraConfig) -> QLoRAForCausalLM:
     checkpoint = SafetensorsCheckpoint(directory)
     model = build_model(checkpoint, lora)
     materialize(model, checkpoint, torch.device("cpu"), seed=0)
@@ -86,7 +86,7 @@ def test_what_stock_peft_saves_loads_here(lora, tiny_llama_dir, dense_llama, tmp
 
 
 @pytest.fixture
-def saved(tiny_llama_dir: Path, tmp_path: Path) -> tuple[QLoRALlamaForCausalLM, Path]:
+def saved(tiny_llama_dir: Path, tmp_path: Path) -> tuple[QLoRAForCausalLM, Path]:
     """A model, and an adapter of it."""
     model = load(tiny_llama_dir, default_lora(4))
     randomize_lora(model)

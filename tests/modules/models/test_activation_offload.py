@@ -23,7 +23,7 @@ from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models import decoder_layer
 from lightning_qlora.modules.models.activation_offload import offload_to_host
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.memory_plan import Settings
 from tests.distributed import RankPools, groups
@@ -48,7 +48,7 @@ def load(
     backend: Any = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> QLoRALlamaForCausalLM:
+) -> QLoRAForCausalLM:
     """A model in training mode whose adapters all matter."""
     checkpoint = SafetensorsCheckpoint(directory)
     model = build_model(
@@ -71,7 +71,7 @@ def token_ids(*shape: int) -> Tensor:
 class LayerInputs:
     """How many inputs of decoder layers exist of those made since the last count."""
 
-    def __init__(self, model: QLoRALlamaForCausalLM) -> None:
+    def __init__(self, model: QLoRAForCausalLM) -> None:
         self.seen: list[weakref.ref[Any]] = []
         for layer in model.model.layers:
             layer.register_forward_pre_hook(self.note)

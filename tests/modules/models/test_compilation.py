@@ -31,7 +31,7 @@ from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.lora.linear import LoraLinear
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.compilation import compile_region
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
@@ -61,7 +61,7 @@ def _forget_graphs() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def load(directory: Path, lora: LoraConfig | None = None, **options: Any) -> QLoRALlamaForCausalLM:
+def load(directory: Path, lora: LoraConfig | None = None, **options: Any) -> QLoRAForCausalLM:
     """A model in training mode whose adapters all matter; compiled if a ``backend`` is given."""
     checkpoint = SafetensorsCheckpoint(directory)
     backend = options.pop("backend", None)
@@ -86,7 +86,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_same_step(compiled: QLoRALlamaForCausalLM, eager: QLoRALlamaForCausalLM, ids: Tensor) -> None:
+def assert_same_step(compiled: QLoRAForCausalLM, eager: QLoRAForCausalLM, ids: Tensor) -> None:
     losses = [model(ids, labels=ids).loss for model in (compiled, eager)]
     for loss in losses:
         loss.backward()

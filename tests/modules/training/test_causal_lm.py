@@ -240,7 +240,7 @@ def test_gradients_are_gone_when_the_next_step_computes_its_loss(strategy, train
 def test_attention_is_chosen_by_device_precision_and_data_and_said(monkeypatch, trainer, tiny_llama_dir):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     said: list[str] = []
-    monkeypatch.setattr("lightning_qlora.modules.training.causal_lm.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_qlora.modules.training.base.rank_zero_info", said.append)
     gpu = torch.device("cuda", 0)
     assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16, 0.0) == "sdpa_repeated_kv"
     assert "Keys and values are repeated" in said.pop()

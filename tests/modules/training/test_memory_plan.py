@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora.modules.attention.attention import sdpa_backend
-from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.dtensor import local_tensor
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.causal_lm import QLoRALlamaForCausalLM
+from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.memory_plan import CONTEXT_BYTES, GIB, MemoryPlan, Settings, plan_memory
 from lightning_qlora.modules.training.optimizer import ShardAdamW
@@ -108,7 +108,7 @@ def test_what_a_rank_holds_is_exact(ranks, world_size, device, source, tiny_llam
 # ------------------------------------------------------------------------------------- what a step keeps and needs
 
 
-def build(settings: Settings, device: str) -> QLoRALlamaForCausalLM:
+def build(settings: Settings, device: str) -> QLoRAForCausalLM:
     """A model of random weights, in the way of training."""
     dtype = compute_dtype(settings.precision)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,0 +1,372 @@
+"""What all LightningModules here share: build, shard and load a QLoRA model, exact steps, adapter-only checkpoints.
+
+Shapes: B samples, S tokens a sample. A *step* is an optimizer step; it takes ``accumulate_grad_batches`` micro-batches
+on each rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..attention.attention import AttentionName, check_attention, choose_attention
+from ..checkpoints.loading import LoadReport
+from ..checkpoints.safetensors_files import SafetensorsCheckpoint
+from ..distributed.collectives import all_reduce_sum, gather_objects
+from ..distributed.fsdp2 import FSDP2Strategy
+from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
+from ..hardware import compute_dtype
+from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
+from ..lora.config import check_lora, default_lora, with_targets
+from ..models.activation_offload import check_offload
+from ..models.build import build_model, materialize
+from ..models.causal_lm import QLoRAForCausalLM
+from ..models.compilation import CompileMode, check_compile_mode
+from ..models.families import family_of, head_dim, layer_windows, load_config
+from .optimizer import ShardAdamW, global_norm, gradients, scale_
+from .resume_identity import BaseIdentity
+
+#: What micro-batches divide their loss sums by: any constant does, this one suits float16.
+LOSS_DIVISOR = 1024.0
+
+#: Key of this module's own entry in a training checkpoint.
+CHECKPOINT_KEY = "lightning_qlora"
+
+_UNHARMED = (
+    "The weights are still those of the step before. Look at that data, or resume from the last checkpoint with a "
+    "lower learning rate."
+)
+
+
+class QLoRAModule(L.LightningModule):
+    """Base of the LightningModules that train LoRA adapters on a base model that is frozen in 4 bits.
+
+    A subclass says what its model computes for a batch: :meth:`loss_sum`.
+
+    The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however
+    unequal. Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the
+    count.
+
+    Logged: ``train_loss`` (mean over the step's tokens), ``lr``, ``grad_norm`` (before clipping), ``val_loss``.
+
+    Args:
+        model_dir: A transformers directory of a model of a known family (``models/families.py``) with safetensors,
+            16-bit or bitsandbytes 4-bit.
+        lora: Adapters; default :func:`~lightning_qlora.modules.lora.config.default_lora`.
+        learning_rate: Peak of the schedule.
+        warmup_steps: Steps of linear warm-up.
+        schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
+        weight_decay: AdamW's, on the adapters.
+        checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
+        offload_activations: Keep what recomputation starts from in host memory; needs ``checkpoint_activations``.
+        attention: ``"auto"`` or the name of a backend; all compute the same (see
+            :func:`~lightning_qlora.modules.attention.choose_attention`).
+        sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
+            Default: full causal attention.
+        packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
+        compile: Compile the model's parts with torch.compile (see ``QLoRAForCausalLM.compile_regions``).
+        compile_backend: As in :func:`~lightning_qlora.modules.models.compilation.compile_region`.
+        init_adapter: Directory of a peft LoRA adapter to continue from.
+        model_name: How reports and the saved adapter name the base; default ``model_dir``.
+        seed: Of the LoRA initialisation and of dropout.
+
+    Raises:
+        ValueError: For settings out of range, a directory that holds no model of a known family, or an unsupported
+            ``lora``.
+    """
+
+    report_key = "loading"
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        lora: LoraConfig | None = None,
+        *,
+        learning_rate: float = 2e-4,
+        warmup_steps: int = 0,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        weight_decay: float = 0.0,
+        checkpoint_activations: bool = False,
+        offload_activations: bool = False,
+        attention: AttentionName | Literal["eager"] = "auto",
+        sliding_window: int | None = None,
+        packing: bool = False,
+        compile: CompileMode = "off",
+        compile_backend: str | Callable[..., Any] = "inductor",
+        init_adapter: str | Path | None = None,
+        model_name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise ValueError(f"learning_rate must be a positive finite number, got {learning_rate}.")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}.")
+        if schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
+        self.model_dir = Path(model_dir)
+        config = load_config(self.model_dir)
+        self.lora = with_targets(check_lora(lora or default_lora()), family_of(config).projections)
+        self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
+        check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
+        self.checkpoint_activations, self.offload_activations = checkpoint_activations, offload_activations
+        self.weight_decay = weight_decay
+        check_attention(attention, sliding_window)
+        self.windows = layer_windows(config, sliding_window)
+        self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
+        self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
+        self.init_adapter = None if init_adapter is None else Path(init_adapter)
+        if self.init_adapter is not None:
+            read_adapter(self.init_adapter, self.lora)
+        self.model_name = model_name or str(model_dir)
+        self.seed = seed
+        self.base = SafetensorsCheckpoint(self.model_dir)
+        self.identity = BaseIdentity.of(self.base, self.lora)
+        self.strict_loading = False  # checkpoints hold the adapters only
+        self.model: QLoRAForCausalLM | None = None
+        self._load: LoadReport | None = None
+        self._pending: list[tuple[Tensor, int]] = []
+        self._val: list[tuple[Tensor, int]] = []
+
+    # --- model -------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build, shard and load the model: structure on the meta device first, so that no rank ever holds all of it."""
+        if self.model is not None:
+            return
+        strategy = self.trainer.strategy
+        dtype = compute_dtype(self.trainer.precision_plugin.precision)
+        device, parameters_on = strategy.root_device, None
+        attention = self._attention(device, dtype, load_config(self.model_dir).attention_dropout)
+        model = build_model(
+            self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
+            checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations,
+        )  # fmt: skip
+        model.compile_regions(self.compile_mode, backend=self.compile_backend)
+        self.adapt(model)
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(model, model.shard_groups())
+            parameters_on = strategy.parameters_device
+        self._load = materialize(model, self.base, device, seed=self.seed, parameters_on=parameters_on)
+        if self.init_adapter is not None:
+            load_adapter(model, self.init_adapter, self.lora)
+        self.model = model
+
+    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+        """The backend, after having said which and why."""
+        backend, reason = choose_attention(
+            self.attention,
+            packed=self.packing,
+            sliding_window=self.sliding_window,
+            compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype=dtype,
+            dropout=dropout,
+        )
+        rank_zero_info(f"Attention: {backend}. {reason}")
+        return backend
+
+    def adapt(self, model: QLoRAForCausalLM) -> None:
+        """Change the model's structure before it is sharded and loaded: for subclasses, nothing here."""
+
+    def loss_sum(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """The loss of a batch, summed over its tokens that count (float32, 0-dim), and how many these are."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss_sum().")
+
+    def report_section(self) -> dict[str, float] | None:
+        """For a run's report, under ``report_key``: how long rank 0 read weights, in seconds, and how many bytes."""
+        return None if self._load is None else dataclasses.asdict(self._load)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of a token in a sample of ``seq_len``, forward and backward, without what checkpointing repeats.
+
+        Four a frozen weight (no gradient of its own), six a trained one, and attention without regard to causality.
+        """
+        config = self._model.config
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * seq_len
+        return float(self._flops_of_weights + attention)
+
+    @functools.cached_property
+    def _flops_of_weights(self) -> int:  # walking through all modules takes milliseconds, in every micro-batch
+        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        return sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
+
+    @property
+    def _model(self) -> QLoRAForCausalLM:
+        if self.model is None:
+            raise RuntimeError("The model does not exist before configure_model(), which the Trainer calls.")
+        return self.model
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Forget micro-batches of a step that an earlier ``fit`` did not finish: their gradients are gone too."""
+        self._pending.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make dropout a function of (seed, micro-batch, rank), so that a resumed run repeats the first one's."""
+        if self.lora.lora_dropout > 0:
+            micro_batch = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            torch.manual_seed(((self.seed * 1_000_003 + micro_batch) * 4_099 + self.global_rank) % 2**63)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The micro-batch's loss sum over a constant; :meth:`on_before_optimizer_step` makes it the mean's."""
+        loss, tokens = self.loss_sum(batch)
+        self._pending.append((loss.detach(), tokens))
+        return loss / LOSS_DIVISOR
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Rescale the accumulated gradients to those of the mean over all tokens of the step, and log that mean.
+
+        Raises:
+            FloatingPointError: On all ranks, if the loss is not finite and no loss scaler skips the step.
+        """
+        local = [loss for loss, _ in self._pending]
+        loss_sum, tokens = self._reduce(self._pending)
+        if not math.isfinite(loss_sum):
+            self._refuse_step(local)
+        # Undone here: the divisor, Lightning's division by the accumulation, and the strategy's mean over ranks.
+        scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
+        scale_(gradients(optimizer), scale)
+        self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all ranks (``Trainer(gradient_clip_val=...)``), and log that norm.
+
+        Raises:
+            FloatingPointError: On all ranks, if the norm is not finite and no loss scaler skips the step.
+        """
+        trained = gradients(optimizer)
+        norm = global_norm(trained)
+        self.log("grad_norm", norm)
+        # The device is idle here, for the loss has just been read: this costs no more than its own latency.
+        if self._scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient norm of optimizer step {self.trainer.global_step + 1} is {float(norm)} though its loss "
+                f"is finite: the backward overflowed. {_UNHARMED}"
+            )
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm in (None, "norm"):
+            scale_(trained, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, then free the gradients: Lightning does so after the next forward, at the loss, where memory peaks."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _refuse_step(self, losses: list[Tensor]) -> None:
+        """Say which micro-batches of which ranks have no finite loss, and raise unless the scaler skips the step."""
+        mine = [(self.global_rank, i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        named = ", ".join(f"micro-batch {i} of rank {rank}" for part in gather_objects(mine) for rank, i in part)
+        what = f"The loss of optimizer step {self.trainer.global_step + 1} is not finite: {named}."
+        if self._scaler is None:
+            raise FloatingPointError(f"{what} {_UNHARMED}")
+        rank_zero_warn(f"{what} All ranks skip this step.")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget batches of a validation that was interrupted."""
+        self._val.clear()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Collect the batch's loss sum and token count."""
+        self._val.append(self.loss_sum(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all tokens of all ranks."""
+        loss_sum, tokens = self._reduce(self._val)
+        # Equal on all ranks already; sync_dist only tells Lightning so.
+        self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on the adapters, with a schedule by step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        missing = [n for n, p in self.named_parameters() if p.requires_grad != self._model.is_trained(n)]
+        assert not missing, f"requires_grad is wrong for {missing[:3]}"
+        optimizer = ShardAdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = LambdaLR(optimizer, lambda step: self._schedule(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _schedule(self, step: int, steps: float) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant" or not math.isfinite(steps):
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _reduce(self, parts: list[tuple[Tensor, int]]) -> tuple[float, int]:
+        """Sum (loss, tokens) over ``parts`` and ranks, and empty ``parts``. The step's only wait for the device."""
+        loss = float(torch.stack([loss.double() for loss, _ in parts]).sum()) if parts else 0.0
+        tokens = sum(tokens for _, tokens in parts)
+        parts.clear()
+        loss, total = all_reduce_sum([loss, tokens], self.device)
+        return loss, int(total)
+
+    # --- in and out --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what is trained, whatever the strategy collected, and add what identifies base and adapters."""
+        trained = trained_shapes(self)
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+        checkpoint[CHECKPOINT_KEY] = self.identity.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or LoRA shape, or a partial one.
+
+        Raises:
+            ValueError: Naming what differs or is missing.
+        """
+        self.identity.check(checkpoint.get(CHECKPOINT_KEY, {}), "The checkpoint")
+        if self.model is not None:
+            # Loading is not strict, for the base is not in the checkpoint; so what must be there is checked here.
+            trained = trained_shapes(self)
+            state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in trained}
+            check_state(state, trained, "to resume from")
+
+    def check_checkpoint(self, path: str | Path | None) -> None:
+        """Check, before any model is built, that training can resume from ``path``; ``None`` is fine.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or made for another base or LoRA shape.
+        """
+        if path is not None:
+            self.identity.check(read_checkpoint(path).get(CHECKPOINT_KEY, {}), path)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapter in peft's format (``PeftModel.from_pretrained`` loads it). All ranks must call it."""
+        save_adapter(self._model, directory, self.lora, self.model_name, write=self.global_rank == 0)
