@@ -23,7 +23,8 @@ from .compile_report import CompileReport, CompileReportError, CompileSection
 from .graceful_stop import GracefulStop
 from .memory_report import MemoryReport, MemorySection
 from .progress import LossProgress
-from .report import Report, ReportSource, RunReport, load_report, write_html
+from .report import ReportSource, RunReport, write_html
+from .report_schema import Report, load_report
 from .throughput_report import ThroughputReport, ThroughputSection
 
 __all__ = [

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .measure import GIB, rounded, with_prefix
-
-if TYPE_CHECKING:
-    from .report import Report
+from .report_schema import Report
 
 # Units of an SVG. On a phone a figure is about as wide as this in pixels, so its text keeps its size there.
 _WIDTH = 480

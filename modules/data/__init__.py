@@ -1,1 +1,36 @@
 """Data in: sources, chat templates with the loss on completions, packing, batches, and an order that can resume."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy import import_on_first_use
+
+if TYPE_CHECKING:
+    from .chat_template import choose_pad_token_id, tokenize_chats
+    from .collators import ChatCollator, PackedCollator, join_samples
+    from .data_module import ChatDataModule
+    from .loader import ResumableDataLoader
+    from .packing import pack_samples
+    from .sampler import GlobalBatchSampler
+    from .samples import IGNORE_INDEX, Batch, Chat, Collator, PackedBatch, Sample
+    from .sources import load_chats
+else:
+    __getattr__, __dir__ = import_on_first_use(__name__)
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Chat",
+    "ChatCollator",
+    "ChatDataModule",
+    "Collator",
+    "GlobalBatchSampler",
+    "PackedBatch",
+    "PackedCollator",
+    "ResumableDataLoader",
+    "Sample",
+    "choose_pad_token_id",
+    "join_samples",
+    "load_chats",
+    "pack_samples",
+    "tokenize_chats",
+]

@@ -17,7 +17,7 @@ class ChatCollator:
     """Pad samples to one length on the right.
 
     Args:
-        pad_token_id: Fills ``input_ids``; ``attention_mask`` is 0 there.
+        pad_token_id: Fills ``input_ids``.
         pad_to_multiple_of: S is the longest sample rounded up to a multiple of this: few distinct shapes, tensor cores
             fed.
     """
@@ -33,9 +33,6 @@ class ChatCollator:
         labels = _pad_right((sample["labels"] for sample in samples), width, IGNORE_INDEX)
         return {
             "input_ids": _pad_right((sample["input_ids"] for sample in samples), width, self.pad_token_id),
-            # A blank sample keeps its one visible token: a row that attends to nothing is NaN in some attention
-            # kernels.
-            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
             "labels": labels,
             # tokenize_chats keeps no sample shorter than two tokens.
             "num_tokens": int(lengths[lengths > 1].sum()),

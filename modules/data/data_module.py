@@ -30,10 +30,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import choose_pad_token_id, tokenize_chats
+from .checks import refuse_changes, require_at_least
 from .collators import ChatCollator, PackedCollator, join_samples
-from .loader import ChatDataset, GlobalBatchSampler, ResumableDataLoader, refuse_changes, require_at_least
+from .dataset import ChatDataset
+from .loader import ResumableDataLoader
 from .packing import pack_samples
-from .samples import Chat, Sample
+from .sampler import GlobalBatchSampler
+from .samples import Chat, Collator, Sample
 from .sources import DEFAULT_DATASET, load_chats
 
 
@@ -58,11 +61,28 @@ class ChatDataModule(L.LightningDataModule):
         seed: Seed of the training order.
         val_samples: Chats to hold out, but at most a tenth of all.
         num_workers: Loader processes for each loader.
-        pad_to_multiple_of: Batches are as long as their longest sample, rounded up to a multiple of this.
+        pad_to_multiple_of: Batches are as long as their longest sample, rounded up to a multiple of this; default 8.
+        collate_fn: Makes batches instead of :class:`ChatCollator` or, with ``packing``, :class:`PackedCollator`, and
+            does all the padding. It gets a list of B samples (:class:`Sample`; with ``packing``, packs, which have
+            ``document_lengths``) and returns a dict. Each sample must be in one row of the batch, in the order of the
+            list. For ``QLoRACausalLM`` the dict holds
+
+            * ``input_ids`` and ``labels``, int64 [B, S], padded on the right; labels are not shifted, and
+              ``IGNORE_INDEX`` (-100) where no loss is taken;
+            * ``num_loss_tokens``, a Python int: how many of ``labels[:, 1:]`` are not ``IGNORE_INDEX``. The loss of a
+              step is divided by the sum of these, so a wrong count gives a wrong loss;
+            * with ``packing``, ``position_ids`` and ``document_lengths`` as in :class:`PackedBatch`;
+            * ``num_tokens``, a Python int, if tokens per second are to leave out the padding.
+
+            What else the model's forward takes may be added. A blank sample (one token without a label) stands in for
+            a rank's missing part of the last batch; its batch must have no loss tokens. :func:`choose_pad_token_id`
+            gives the token to pad with. With ``num_workers`` the function must be picklable where processes are
+            spawned.
         max_position_embeddings: The model's; longer samples are warned of. ``None`` is no limit.
 
     Raises:
-        ValueError: For arguments out of range.
+        ValueError: For arguments out of range, or ``pad_to_multiple_of`` beside a ``collate_fn``, which would not know
+            of it.
     """
 
     report_key = "data"
@@ -78,10 +98,17 @@ class ChatDataModule(L.LightningDataModule):
         seed: int = 0,
         val_samples: int = 64,
         num_workers: int = 0,
-        pad_to_multiple_of: int = 8,
+        pad_to_multiple_of: int | None = None,
+        collate_fn: Collator | None = None,
         max_position_embeddings: int | None = None,
     ) -> None:
         super().__init__()
+        if collate_fn is not None and pad_to_multiple_of is not None:
+            raise ValueError(
+                f"pad_to_multiple_of={pad_to_multiple_of} has no effect on your collate_fn, which does the padding; "
+                "leave pad_to_multiple_of out and round up in collate_fn"
+            )
+        pad_to_multiple_of = 8 if pad_to_multiple_of is None else pad_to_multiple_of
         require_at_least(
             batch_size=(batch_size, 1),
             seq_len=(seq_len, 2),
@@ -99,6 +126,7 @@ class ChatDataModule(L.LightningDataModule):
         self.val_samples = val_samples
         self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.collate_fn = collate_fn
         self.max_position_embeddings = max_position_embeddings
         self.train_set: ChatDataset | None = None
         self.val_set: ChatDataset | None = None
@@ -141,7 +169,7 @@ class ChatDataModule(L.LightningDataModule):
             self.fill = sum(len(pack["input_ids"]) for pack in train) / (len(train) * self.seq_len)
         self.fingerprint = hashlib.sha256(json.dumps(train).encode()).hexdigest()
         collator = PackedCollator if self.packing else ChatCollator
-        self.collator = collator(pad_token_id, self.pad_to_multiple_of)
+        self.collator: Collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
         self.val_set = ChatDataset(val, pad_token_id)
         self.train_set = ChatDataset(train, pad_token_id)
         rank_zero_info(self._summary())
@@ -180,7 +208,7 @@ class ChatDataModule(L.LightningDataModule):
         self.load()
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """Return the loader of this rank's training batches (:class:`Batch`)."""
+        """Return the loader of this rank's training batches."""
         dataset = self._loaded()[0]
         return ResumableDataLoader(dataset, self._sampler(dataset), self.collator, self._batches_done, self.num_workers)
 

@@ -1,15 +1,14 @@
 """What passes between the parts of the data pipeline: chats, tokenized samples, batches."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 Chat = dict[str, list[dict[str, str]]]
-
 """One conversation: ``{"messages": [{"role": ..., "content": ...}, ...]}``."""
 
 IGNORE_INDEX = -100
-
 """The label that cross-entropy leaves out."""
 
 
@@ -24,12 +23,13 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """What the loaders yield. The counts are Python ints so that reading them never waits for a device."""
+    """What the loaders yield. The counts are Python ints so that reading them never waits for a device.
+
+    There is no attention mask: attention is causal, so no token sees the padding to its right.
+    """
 
     input_ids: torch.Tensor
     """int64 [B, S], padded on the right."""
-    attention_mask: torch.Tensor
-    """int64 [B, S], 1 on tokens and 0 on padding."""
     labels: torch.Tensor
     """int64 [B, S], ``IGNORE_INDEX`` on prompts and padding; not shifted."""
     num_tokens: int
@@ -39,7 +39,7 @@ class Batch(TypedDict):
 
 
 class PackedBatch(TypedDict):
-    """What the loaders yield with packing. There is no padding mask: padding is a document of its own."""
+    """What the loaders yield with packing. Padding is a document of its own."""
 
     input_ids: torch.Tensor
     """int64 [B, S], padded on the right."""
@@ -54,3 +54,7 @@ class PackedBatch(TypedDict):
     """Tokens of real samples, padding and blank packs excluded."""
     num_loss_tokens: int
     """Predictions that count: labels other than ``IGNORE_INDEX`` in ``labels[:, 1:]``."""
+
+
+Collator = Callable[[list[Sample]], Mapping[str, Any]]
+"""Makes a batch of B samples, or of B packs, which have ``document_lengths``."""

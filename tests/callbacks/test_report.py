@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_qlora.callbacks import GracefulStop, Report, RunReport, StepCheckpoint, load_report
-from lightning_qlora.callbacks.report import _FIELDS, write_json
+from lightning_qlora.callbacks.report import write_json
+from lightning_qlora.callbacks.report_schema import _FIELDS
 
 LOSSES = [4.0, 3.0, 2.5, 2.25, 2.0, 1.5, 1.25, 1.0]
 

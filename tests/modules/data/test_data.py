@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from lightning_qlora.modules.data.chat_template import choose_pad_token_id, tokenize_chats
 from lightning_qlora.modules.data.collators import ChatCollator, PackedCollator, join_samples
 from lightning_qlora.modules.data.data_module import ChatDataModule
-from lightning_qlora.modules.data.loader import ChatDataset, GlobalBatchSampler, ResumableDataLoader
-from lightning_qlora.modules.data.samples import IGNORE_INDEX
+from lightning_qlora.modules.data.dataset import ChatDataset
+from lightning_qlora.modules.data.loader import ResumableDataLoader
+from lightning_qlora.modules.data.sampler import GlobalBatchSampler
+from lightning_qlora.modules.data.samples import IGNORE_INDEX, Sample
 from lightning_qlora.modules.data.sources import DEFAULT_DATASET, load_chats
 
 CHATML = (
@@ -300,19 +302,20 @@ def test_a_batch_is_padded_to_its_longest_sample_rounded_up():
     ]
     batch = ChatCollator(pad_token_id=9, pad_to_multiple_of=4)(samples)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 9, 9, 9, 9], [8, 8, 8, 8, 8, 9, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 5, [1] * 5 + [0] * 3]
     assert batch["labels"].tolist() == [[-100, 6, 7] + [-100] * 5, [8] * 5 + [-100] * 3]
-    assert {batch[key].dtype for key in ("input_ids", "attention_mask", "labels")} == {torch.int64}  # type: ignore[literal-required]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     # The first token of a sample is never predicted, so its label does not count.
     assert (batch["num_tokens"], batch["num_loss_tokens"]) == (8, 2 + 4)
     assert type(batch["num_tokens"]) is type(batch["num_loss_tokens"]) is int
+    # Nothing is moved to the device that no model input needs; attention is causal and padding is on the right.
+    assert batch.keys() == {"input_ids", "labels", "num_tokens", "num_loss_tokens"}
 
 
-def test_a_blank_batch_counts_nothing_but_attends_to_its_token():
+def test_a_blank_batch_counts_nothing():
     dataset = numbered(3)
     batch = ChatCollator(pad_token_id=0)([dataset[len(dataset)]])
     assert (batch["num_tokens"], batch["num_loss_tokens"]) == (0, 0)
-    assert batch["attention_mask"].tolist() == [[1] + [0] * 7]
+    assert batch["input_ids"].tolist() == [[0] * 8]
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
@@ -370,8 +373,7 @@ def epoch_of(
     """For each rank, its batches of indices, through a real DataLoader."""
     ranks = []
     for rank in range(world_size):
-        dataset = numbered(count)
-        sampler = GlobalBatchSampler(dataset, batch_size=batch_size, num_replicas=world_size, rank=rank, seed=seed)
+        sampler = GlobalBatchSampler(range(count), batch_size=batch_size, num_replicas=world_size, rank=rank, seed=seed)
         sampler.set_epoch(epoch)
         sampler.start_batch = start
         loader = DataLoader(range(count + 1), batch_size=batch_size, sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
@@ -547,9 +549,9 @@ def test_the_data_module_without_a_trainer(tokenizer, rows, monkeypatch, tmp_pat
     batches = list(data.train_dataloader())
     assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 3, 2]
     for batch in batches:
-        longest = int(batch["attention_mask"].sum(1).max())
-        assert batch["input_ids"].shape[1] == math.ceil(longest / 16) * 16
-        assert batch["num_tokens"] == int(batch["attention_mask"].sum())
+        lengths = (batch["input_ids"] != tokenizer.pad_token_id).sum(1)
+        assert batch["input_ids"].shape[1] == math.ceil(int(lengths.max()) / 16) * 16
+        assert batch["num_tokens"] == int(lengths.sum())
         assert batch["num_loss_tokens"] == int((batch["labels"] != IGNORE_INDEX).sum())
     (val_batch,) = data.val_dataloader()
     assert data.val_chats[0]["messages"][1]["content"] in tokenizer.decode(val_batch["input_ids"][0])
@@ -640,6 +642,36 @@ def test_samples_beyond_the_models_positions_are_warned_of(tokenizer, rows, pack
 def test_senseless_arguments_are_refused_before_any_reading(tokenizer, name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
         ChatDataModule(tokenizer, "none.jsonl", **({"batch_size": 1, "seq_len": 8} | {name: value}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_collator_of_the_users_own_makes_all_batches(tokenizer, rows, packing, num_workers):
+    options: dict[str, Any] = {"batch_size": 3, "seq_len": 128, "packing": packing, "seed": 5}
+    data = ChatDataModule(tokenizer, rows, collate_fn=pad_on_the_left, num_workers=num_workers, **options)
+    usual = ChatDataModule(tokenizer, rows, **options)
+    for own, batch in zip(
+        [*data.train_dataloader(), *data.val_dataloader()],
+        [*usual.train_dataloader(), *usual.val_dataloader()],
+        strict=True,
+    ):
+        assert own.keys() == {"input_ids", "packed"}
+        assert own["packed"] is packing
+        # The same samples in the same order: only how they become a batch is the user's.
+        for left, right in zip(own["input_ids"], batch["input_ids"], strict=True):
+            assert left[left != 0].tolist() == right[right != 0].tolist()
+    assert (data.fingerprint, data.state_dict()) == (usual.fingerprint, usual.state_dict())
+
+
+def pad_on_the_left(samples: list[Sample]) -> dict[str, Any]:
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    ids = [[0] * (longest - len(sample["input_ids"])) + sample["input_ids"] for sample in samples]
+    return {"input_ids": torch.tensor(ids), "packed": all("document_lengths" in sample for sample in samples)}
+
+
+def test_padding_for_a_collator_that_does_its_own_is_refused(tokenizer, rows):
+    with pytest.raises(ValueError, match="pad_to_multiple_of=16 has no effect on your collate_fn"):
+        ChatDataModule(tokenizer, rows, batch_size=1, seq_len=64, pad_to_multiple_of=16, collate_fn=pad_on_the_left)
 
 
 @pytest.mark.parametrize("packing", [False, True])
