@@ -11,8 +11,9 @@ kernel does it all and writes nothing but the weight. The result is bit-exact to
 ``bitsandbytes.functional.dequantize_4bit``, which is why the two roundings of the first line must not be contracted
 into one fused multiply-add: that shifts ``absmax`` by one ulp and, in fp16, now and then a weight.
 
-The torch op is ``lightning_qlora::dequantize_4bit`` (and ``.out``), with a fake, a CUDA and a CPU implementation. It is
-opaque to ``torch.compile``.
+A weight is one :class:`Quantized4bit` everywhere in this file but at the boundary of ``torch.library``, whose schemas
+know tensors and numbers only. The torch op is ``lightning_qlora::dequantize_4bit`` (and ``.out``), with a fake, a CUDA
+and a CPU implementation. It is opaque to ``torch.compile``.
 
 Letters in shapes: N elements of the weight, G = ceil(N / blocksize) blocks, G2 = ceil(G / nested_blocksize).
 """
@@ -20,7 +21,7 @@ Letters in shapes: N elements of the weight, G = ceil(N / blocksize) blocks, G2 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+    from bitsandbytes.functional import QuantState
 else:
     try:
         import triton
@@ -36,7 +38,7 @@ else:
     except ImportError:  # macOS, Windows: only the CPU implementation exists there
         triton = None
 
-__all__ = ["dequantize_4bit", "dequantize_4bit_reference", "dequantize_quant_state"]
+__all__ = ["Quantized4bit", "dequantize_4bit", "dequantize_4bit_reference", "dequantize_quant_state"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,43 +59,113 @@ TABLES: dict[str, tuple[float, ...]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The weight
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# A tuple, because it is built and read on every call of `dequantize_quant_state`: a frozen dataclass costs four times
+# as much to build, 1.5 us.
+class Quantized4bit(NamedTuple):
+    """A weight in bitsandbytes' 4-bit format.
+
+    The tensors are checked when the weight is dequantized, not here.
+
+    Attributes:
+        packed: The codes, two per byte, high nibble first; contiguous, any dtype (uint8, or the same bytes viewed as a
+            float dtype), at least ceil(N / 2) bytes.
+        absmax: One scale per block: uint8 [G] with double quantization, else float32 [G].
+        code2: float32 [256], the values of the 8-bit scale codes; None without double quantization.
+        absmax2: float32 [G2], the scale of each group of ``nested_blocksize`` scales; None likewise.
+        offset: float32 scalar tensor, added to every scale; None likewise.
+        shape: Shape of the weight, of any number of dimensions; N = prod(shape).
+        blocksize: Elements per scale: 32, 64, ..., 4096.
+        nested_blocksize: Scales per entry of ``absmax2``.
+        quant_type: "nf4" or "fp4".
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code2: Tensor | None
+    absmax2: Tensor | None
+    offset: Tensor | None
+    shape: Sequence[int]
+    blocksize: int = 64
+    nested_blocksize: int = 256
+    quant_type: str = "nf4"
+
+    @classmethod
+    def quantize(
+        cls, weight: Tensor, *, nested: bool = True, blocksize: int = 64, quant_type: str = "nf4"
+    ) -> Quantized4bit:
+        """Quantize ``weight`` (float16, bfloat16 or float32, any shape) with bitsandbytes, on the weight's device.
+
+        Args:
+            weight: The weight; it is copied if it is not contiguous.
+            nested: Quantize the scales too ("double quantization").
+            blocksize: Elements per scale.
+            quant_type: "nf4" or "fp4".
+        """
+        import bitsandbytes.functional as bnb  # slow to import, and dequantization on a GPU does without
+
+        packed, state = bnb.quantize_4bit(
+            weight.contiguous(), blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+        )
+        return cls.from_quant_state(packed, state)
+
+    @classmethod
+    def from_quant_state(cls, packed: Tensor, state: QuantState) -> Quantized4bit:
+        """Take over the data of a bitsandbytes ``Params4bit`` and its ``quant_state``: the same tensors, no copies.
+
+        Raises:
+            ValueError: ``state`` is None: the weight was never quantized.
+        """
+        if state is None:
+            raise ValueError(
+                "quant_state is None: the weight is not quantized yet; bitsandbytes does that on .to(device)."
+            )
+        # Positional, and no conversions: each that has nothing to do would still cost up to a microsecond per call.
+        state2 = state.state2
+        if state2 is None:
+            return cls(
+                packed, state.absmax, None, None, None, state.shape, state.blocksize, quant_type=state.quant_type
+            )
+        return cls(
+            packed,
+            state.absmax,
+            state2.code,
+            state2.absmax,
+            state.offset,
+            state.shape,
+            state.blocksize,
+            state2.blocksize,
+            state.quant_type,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The formula in plain torch: the one reference of the tests and of the benchmark
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def dequantize_absmax(
-    absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, nested_blocksize: int = 256
-) -> Tensor:
+def dequantize_absmax(quantized: Quantized4bit) -> Tensor:
     """Return the float32 scale of each block, shape [G]: ``absmax`` itself, or its double quantization undone."""
+    absmax, code2, absmax2, offset = quantized[1:5]
     if code2 is None or absmax2 is None or offset is None:
         return absmax
-    scales = absmax2.repeat_interleave(nested_blocksize)[: absmax.numel()]
+    scales = absmax2.repeat_interleave(quantized.nested_blocksize)[: absmax.numel()]
     # Two statements, two roundings: torch fuses them no more than bitsandbytes does.
     scaled = code2[absmax.flatten().int()] * scales
     return scaled + offset
 
 
-def dequantize_4bit_reference(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    *,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int = 64,
-    nested_blocksize: int = 256,
-    quant_type: str = "nf4",
-) -> Tensor:
+def dequantize_4bit_reference(quantized: Quantized4bit, *, dtype: torch.dtype) -> Tensor:
     """Evaluate the formula of the module docstring step by step. Arguments as for :func:`dequantize_4bit`."""
-    numel = math.prod(shape)
-    table = torch.tensor(TABLES[quant_type], dtype=torch.float32, device=packed.device)
-    packed_bytes = packed.flatten().view(torch.uint8)[: (numel + 1) // 2]
+    numel = math.prod(quantized.shape)
+    table = torch.tensor(TABLES[quantized.quant_type], dtype=torch.float32, device=quantized.packed.device)
+    packed_bytes = quantized.packed.flatten().view(torch.uint8)[: (numel + 1) // 2]
     codes = torch.stack((packed_bytes >> 4, packed_bytes & 0xF), dim=1).flatten()[:numel]
-    scales = dequantize_absmax(absmax, code2, absmax2, offset, nested_blocksize)
-    scales = scales.flatten().repeat_interleave(blocksize)[:numel]
-    return (table[codes.int()] * scales).to(dtype).view(tuple(shape))
+    scales = dequantize_absmax(quantized).flatten().repeat_interleave(quantized.blocksize)[:numel]
+    return (table[codes.int()] * scales).to(dtype).view(tuple(quantized.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,18 +395,7 @@ _DEFAULT_CONFIG = LaunchConfig()
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 
-def _launch(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-    out: Tensor,
-    config: LaunchConfig = _DEFAULT_CONFIG,
-) -> None:
+def _launch(quantized: Quantized4bit, out: Tensor, config: LaunchConfig = _DEFAULT_CONFIG) -> None:
     """Run the Triton kernel on ``out``'s device, which must be the current one, on its current stream.
 
     Triton's own launcher binds and specializes every argument on every call. What may vary here is known, so that from
@@ -343,12 +404,22 @@ def _launch(
     numel = out.numel()
     if numel == 0:
         return
+    packed, absmax, code2, absmax2, offset, _, blocksize, nested_blocksize, quant_type = quantized
     packed_address, out_address = packed.data_ptr(), out.data_ptr()
     packed_aligned, out_aligned = packed_address % 16 == 0, out_address % 16 == 0
     grid = (-(-numel // (config.threads * config.steps * 8)), 1, 1)
+    # One flat tuple: joining two with * takes 0.2 us longer.
     key = (
-        *(out.get_device(), out.dtype, blocksize, nested_blocksize, quant_type, code2 is None),
-        *(packed_aligned, out_aligned, numel > 0x7FFFFFFF, config),
+        out.get_device(),
+        out.dtype,
+        blocksize,
+        nested_blocksize,
+        quant_type,
+        code2 is None,
+        packed_aligned,
+        out_aligned,
+        numel > 0x7FFFFFFF,
+        config,
     )
     compiled = _compiled.get(key)
     if compiled is not None:
@@ -390,26 +461,16 @@ def _launch(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _dequantize_cpu(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    numel: int,
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> Tensor:
-    """Dequantize to a flat tensor [N] with bitsandbytes' C kernel.
+def _dequantize_cpu(quantized: Quantized4bit, dtype: torch.dtype) -> Tensor:
+    """Dequantize with bitsandbytes' C kernel.
 
     Measured on 2 cores (AVX-512, 16.8 M elements, bf16): 13 ms, against 27 ms for the best of several torch forms (a
     look-up of both nibbles in a 256-entry table of value pairs, in chunks that stay in cache).
     """
     import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes; slow to import, needed here only
 
-    scales = dequantize_absmax(absmax, code2, absmax2, offset, nested_blocksize).flatten()
+    numel, blocksize = math.prod(quantized.shape), quantized.blocksize
+    scales = dequantize_absmax(quantized).flatten()
     # The C kernel gets one flat row, an even number of elements and blocks below 2048, because bitsandbytes 0.50
     # mistakes the block of an element in matrices whose rows are no multiple of the blocksize, and leaves the C path
     # for odd rows and for large blocks. A large block is several smaller ones of the same scale.
@@ -417,11 +478,11 @@ def _dequantize_cpu(
         scales = scales.repeat_interleave(blocksize // 1024)
         blocksize = 1024
     even = numel + numel % 2
-    packed = packed.flatten().view(torch.uint8)[: even // 2]
+    packed = quantized.packed.flatten().view(torch.uint8)[: even // 2]
     flat: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed.view(-1, 1), scales, blocksize, quant_type, (1, even), dtype
+        packed.view(-1, 1), scales, blocksize, quantized.quant_type, (1, even), dtype
     )
-    return flat.view(-1)[:numel]
+    return flat.view(-1)[:numel].view(tuple(quantized.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,22 +490,12 @@ def _dequantize_cpu(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    numel: int,
-    dtype: torch.dtype,
-    blocksize: int,
-    nested_blocksize: int,
-    quant_type: str,
-) -> None:
-    """Raise ValueError unless the arguments describe one weight of ``numel`` elements.
+def _check(quantized: Quantized4bit, numel: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``quantized`` is one weight of ``numel`` elements, its shape's product.
 
     Runs before every dequantization, hence spelled out: about 1.5 us where one small torch operation takes 2 us.
     """
+    packed, absmax, code2, absmax2, offset, _, blocksize, nested_blocksize, quant_type = quantized
     _check_format(dtype, blocksize, nested_blocksize, quant_type)
     blocks = -(-numel // blocksize)
     if not packed.is_contiguous():
@@ -512,7 +563,8 @@ def _check_format(dtype: torch.dtype, blocksize: int, nested_blocksize: int, qua
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}.")
 
 
-def _check_out(out: Tensor, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def _check_out(out: Tensor, quantized: Quantized4bit, dtype: torch.dtype) -> None:
+    packed, shape = quantized.packed, quantized.shape
     if tuple(out.shape) != tuple(shape) or out.dtype is not dtype or out.get_device() != packed.get_device():
         raise ValueError(
             f"out must be {dtype} {tuple(shape)} on {packed.device} to take this weight, "
@@ -536,77 +588,70 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("lightning_qlora::dequantize_4bit")
-def _fake(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-) -> Tensor:  # fmt: skip
-    _check_format(dtype, *layout)
-    return packed.new_empty(shape, dtype=dtype)
+def _fake(quantized: Quantized4bit, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    _check_format(dtype, *quantized[6:])
+    return quantized.packed.new_empty(quantized.shape, dtype=dtype) if out is None else out
 
 
-@torch.library.register_fake("lightning_qlora::dequantize_4bit.out")
-def _fake_out(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-    out: Tensor,
-) -> None:  # fmt: skip
-    _check_format(dtype, *layout)
-
-
-def _cuda(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-) -> Tensor:  # fmt: skip
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    _check(packed, absmax, code2, absmax2, offset, out.numel(), dtype, *layout)
-    _launch_on_device(packed, absmax, code2, absmax2, offset, *layout, out)
+def _cuda(quantized: Quantized4bit, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty(quantized.shape, dtype=dtype, device=quantized.packed.device)
+    else:
+        _check_out(out, quantized, dtype)
+    _check(quantized, out.numel(), dtype)
+    if triton is None:
+        raise RuntimeError("4-bit weights on a GPU need Triton, which is not installed: pip install triton.")
+    if out.get_device() == torch.cuda.current_device():
+        _launch(quantized, out)
+    else:
+        with torch.cuda.device(out.device):
+            _launch(quantized, out)
     return out
 
 
-def _cuda_out(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-    out: Tensor,
-) -> None:  # fmt: skip
-    _check(packed, absmax, code2, absmax2, offset, math.prod(shape), dtype, *layout)
-    _check_out(out, packed, shape, dtype)
-    _launch_on_device(packed, absmax, code2, absmax2, offset, *layout, out)
+def _cpu(quantized: Quantized4bit, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        _check_out(out, quantized, dtype)
+    _check(quantized, math.prod(quantized.shape), dtype)
+    weight = _dequantize_cpu(quantized, dtype)
+    return weight if out is None else out.copy_(weight)
 
 
-def _launch_on_device(packed: Tensor, *args: Any) -> None:
-    if triton is None:
-        raise RuntimeError("4-bit weights on a GPU need Triton, which is not installed: pip install triton.")
-    if packed.get_device() == torch.cuda.current_device():
-        _launch(packed, *args)
-    else:
-        with torch.cuda.device(packed.device):
-            _launch(packed, *args)
+_Implementation = Callable[..., Tensor]  # of (quantized, dtype, out=None)
 
 
-def _cpu(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-) -> Tensor:  # fmt: skip
-    numel = math.prod(shape)
-    _check(packed, absmax, code2, absmax2, offset, numel, dtype, *layout)
-    flat = _dequantize_cpu(packed, absmax, code2, absmax2, offset, numel, dtype, *layout)
-    return flat.view(tuple(shape))
+def _functional(implementation: _Implementation) -> Callable[..., Tensor]:
+    """Give ``implementation`` the arguments of the schema."""
+
+    def operator(
+        packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+        shape: Sequence[int], dtype: torch.dtype, *layout: Any,
+    ) -> Tensor:  # fmt: skip
+        return implementation(Quantized4bit(packed, absmax, code2, absmax2, offset, shape, *layout), dtype)
+
+    return operator
 
 
-def _cpu_out(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
-    shape: Sequence[int], dtype: torch.dtype, *layout: Any,
-    out: Tensor,
-) -> None:  # fmt: skip
-    _check_out(out, packed, shape, dtype)
-    out.copy_(_cpu(packed, absmax, code2, absmax2, offset, shape, dtype, *layout))
+def _out_variant(implementation: _Implementation) -> Callable[..., None]:
+    """Give ``implementation`` the arguments of the schema that ends with ``out`` and returns nothing."""
+
+    def operator(
+        packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None,
+        shape: Sequence[int], dtype: torch.dtype, *layout: Any,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        implementation(Quantized4bit(packed, absmax, code2, absmax2, offset, shape, *layout), dtype, out)
+
+    return operator
 
 
-torch.library.impl("lightning_qlora::dequantize_4bit", "CUDA", _cuda)
-torch.library.impl("lightning_qlora::dequantize_4bit.out", "CUDA", _cuda_out)
-torch.library.impl("lightning_qlora::dequantize_4bit", "CPU", _cpu)
-torch.library.impl("lightning_qlora::dequantize_4bit.out", "CPU", _cpu_out)
+for _name, _with_schema in (
+    ("lightning_qlora::dequantize_4bit", _functional),
+    ("lightning_qlora::dequantize_4bit.out", _out_variant),
+):
+    torch.library.register_fake(_name, _with_schema(_fake))
+    torch.library.impl(_name, "CUDA", _with_schema(_cuda))
+    torch.library.impl(_name, "CPU", _with_schema(_cpu))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,68 +672,45 @@ def _nothing_intercepts(packed: Tensor) -> bool:
     )
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    *,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    blocksize: int = 64,
-    nested_blocksize: int = 256,
-    quant_type: str = "nf4",
-    out: Tensor | None = None,
-) -> Tensor:
-    """Dequantize a bitsandbytes 4-bit weight of N elements, bit-exact to bitsandbytes.
+def dequantize_4bit(quantized: Quantized4bit, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Dequantize a bitsandbytes 4-bit weight, bit-exact to bitsandbytes.
 
     Works in eager mode and in ``torch.compile(fullgraph=True)`` with static or dynamic shapes, on CUDA (one Triton
     kernel, on the current stream of the tensors' device) and on the CPU. No gradient flows through it.
 
     Args:
-        packed: the codes, two a byte, high nibble first; contiguous, any dtype (uint8, or the same bytes viewed as a
-            float dtype), at least ceil(N / 2) bytes.
-        absmax: one scale per block, uint8 [G] with double quantization, else float32 [G].
-        code2: float32 [256], the values of the 8-bit scale codes; None without double quantization.
-        absmax2: float32 [G2], the scale of each group of ``nested_blocksize`` scales; None likewise.
-        offset: float32 scalar tensor, added to every scale; None likewise.
-        shape: shape of the weight, N = prod(shape).
+        quantized: The weight, all of its tensors on one device.
         dtype: dtype of the result: float16, bfloat16 or float32, whatever dtype was quantized.
-        blocksize: elements per scale: 32, 64, ..., 4096.
-        nested_blocksize: scales per entry of ``absmax2``.
-        quant_type: "nf4" or "fp4".
-        out: contiguous tensor of that shape, dtype and device to write to; a new one if None.
+        out: Contiguous tensor of the weight's shape, that dtype and the weight's device to write to; a new one if None.
 
     Returns:
-        The weight, ``shape`` and ``dtype``; ``out`` itself if given.
+        The weight, ``quantized.shape`` and ``dtype``; ``out`` itself if given.
 
     Raises:
-        ValueError: a tensor has the wrong dtype, device, length or layout, or an option is not supported.
+        ValueError: A tensor has the wrong dtype, device, length or layout, or an option is not supported.
     """
+    packed = quantized.packed
+    if out is None and packed.is_cuda and _nothing_intercepts(packed):
+        return _cuda(quantized, dtype)
+    _, absmax, code2, absmax2, offset, shape, *layout = quantized
+    arguments = (packed, absmax, code2, absmax2, offset, shape, dtype, *layout)
     if out is None:
-        if packed.is_cuda and _nothing_intercepts(packed):
-            return _cuda(packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type)
-        weight: Tensor = torch.ops.lightning_qlora.dequantize_4bit.default(
-            packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type
-        )
+        weight: Tensor = torch.ops.lightning_qlora.dequantize_4bit.default(*arguments)
         return weight
-    torch.ops.lightning_qlora.dequantize_4bit.out(
-        packed, absmax, code2, absmax2, offset, shape, dtype, blocksize, nested_blocksize, quant_type, out=out
-    )
+    torch.ops.lightning_qlora.dequantize_4bit.out(*arguments, out=out)
     return out
 
 
 def dequantize_quant_state(
-    packed: Tensor, quant_state: Any, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    packed: Tensor, quant_state: QuantState, *, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
     """Dequantize with a bitsandbytes ``QuantState``, e.g. ``layer.weight`` and ``layer.weight.quant_state``.
 
     Args:
-        packed: the data of a ``Params4bit`` (any layout of its bytes that is contiguous).
-        quant_state: its ``bitsandbytes.functional.QuantState``, nested or not.
+        packed: The data of a ``Params4bit`` (any layout of its bytes that is contiguous).
+        quant_state: Its ``bitsandbytes.functional.QuantState``, with double quantization or without.
         dtype: dtype of the result; that of the quantized weight if None.
-        out: as for :func:`dequantize_4bit`.
+        out: As for :func:`dequantize_4bit`.
 
     Returns:
         The weight, shape ``quant_state.shape``.
@@ -696,19 +718,5 @@ def dequantize_quant_state(
     Raises:
         ValueError: ``quant_state`` is None (the weight was never quantized) or does not belong to ``packed``.
     """
-    if quant_state is None:
-        raise ValueError("quant_state is None: the weight is not quantized yet; bitsandbytes does that on .to(device).")
-    state2 = quant_state.state2
-    return dequantize_4bit(
-        packed,
-        quant_state.absmax,
-        None if state2 is None else state2.code,
-        None if state2 is None else state2.absmax,
-        None if state2 is None else quant_state.offset,
-        shape=quant_state.shape,
-        dtype=quant_state.dtype if dtype is None else dtype,
-        blocksize=quant_state.blocksize,
-        nested_blocksize=256 if state2 is None else state2.blocksize,
-        quant_type=quant_state.quant_type,
-        out=out,
-    )
+    quantized = Quantized4bit.from_quant_state(packed, quant_state)
+    return dequantize_4bit(quantized, dtype=quant_state.dtype if dtype is None else dtype, out=out)

@@ -77,11 +77,7 @@ def unsloth_sequence(packed: Tensor, state: bnb.QuantState) -> Tensor:
 def interpreted(packed: Tensor, state: bnb.QuantState) -> Tensor:
     """Run the Triton kernel on CPU tensors; in large tiles, for the interpreter takes its time per operation."""
     out = torch.empty(state.shape, dtype=state.dtype)
-    state2 = state.state2
-    nf4._launch(
-        *(packed, state.absmax, state2.code, state2.absmax, state.offset),
-        *(state.blocksize, state2.blocksize, state.quant_type, out, nf4.LaunchConfig(threads=8192)),
-    )
+    nf4._launch(nf4.Quantized4bit.from_quant_state(packed, state), out, nf4.LaunchConfig(threads=8192))
     return out
 
 

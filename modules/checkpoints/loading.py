@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.nf4 import Quantized4bit
 from ..dtensor import local_rows, local_tensor
-from ..quantization.nf4_linear import STORAGE_DTYPE, NF4Linear, Quantized4bit, as_storage
+from ..quantization.nf4_linear import STORAGE_DTYPE, NF4Linear, as_storage
 from .safetensors_files import SafetensorsCheckpoint
 
 #: Bytes read at once: much fewer, and calls dominate; more, and malloc maps and clears each buffer anew.

@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ...kernels.nf4 import dequantize_4bit, dequantize_quant_state
+from ...kernels.nf4 import Quantized4bit, dequantize_4bit, dequantize_quant_state
 from ..checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from ..lora.adapter_files import read_adapter
 from ..lora.config import check_plain_lora
 from ..models.build import restore_buffers
 from ..models.families import family_of, load_config
-from ..quantization.nf4_linear import Quantized4bit
 
 #: What stands beside the weights in a transformers directory and holds as well for the merged model.
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
@@ -268,11 +267,7 @@ class _BaseWeights:
             quant_state = QuantState.from_dict(parts, device=torch.device("cpu"))
             return dequantize_quant_state(stored, quant_state, dtype=torch.float32)
         if self.quantize and name.endswith(tuple(f"{each}.weight" for each in self.projections)):
-            q = Quantized4bit.quantize(stored)
-            return dequantize_4bit(
-                q.packed, q.absmax, q.code2, q.absmax2, q.offset, shape=q.shape, dtype=torch.float32,
-                blocksize=q.blocksize, nested_blocksize=q.nested_blocksize, quant_type=q.quant_type,
-            )  # fmt: skip
+            return dequantize_4bit(Quantized4bit.quantize(stored), dtype=torch.float32)
         return stored
 
 

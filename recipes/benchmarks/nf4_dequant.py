@@ -121,11 +121,7 @@ def simple(packed: Tensor, state: bnb.QuantState, select: bool) -> Tensor:
 def configured(packed: Tensor, state: bnb.QuantState, config: nf4.LaunchConfig) -> Tensor:
     """Launch the library's kernel with another configuration."""
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
-    state2 = state.state2
-    nf4._launch(
-        *(packed, state.absmax, state2.code, state2.absmax, state.offset),
-        *(state.blocksize, state2.blocksize, state.quant_type, out, config),
-    )
+    nf4._launch(nf4.Quantized4bit.from_quant_state(packed, state), out, config)
     return out
 
 
@@ -230,10 +226,10 @@ def host_microseconds(calls: int = 2000) -> dict[str, float]:
                 call(packed, state)
             found[name] = (time.perf_counter() - start) / measured * 1e6
             torch.cuda.synchronize()
-    packed_args = (packed, state.absmax, state.state2.code, state.state2.absmax, state.offset)
+    quantized = nf4.Quantized4bit.from_quant_state(packed, state)
     start = time.perf_counter()
     for _ in range(calls):
-        nf4._check(*packed_args, 4096, torch.bfloat16, 64, 256, "nf4")
+        nf4._check(quantized, 4096, torch.bfloat16)
     found["checks of the arguments"] = (time.perf_counter() - start) / calls * 1e6
     return found
 

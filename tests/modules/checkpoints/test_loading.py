@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lightning_qlora.kernels import Quantized4bit
 from lightning_qlora.modules.checkpoints.loading import CHUNK_BYTES, check_weights, load_weights
 from lightning_qlora.modules.checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.quantization.nf4_linear import NF4Linear, Quantized4bit
+from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from tests.distributed import groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")

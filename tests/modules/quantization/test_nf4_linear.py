@@ -19,14 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_qlora.kernels import Quantized4bit
 from lightning_qlora.modules.dtensor import copy_local_rows, local_rows
-from lightning_qlora.modules.quantization import nf4_linear
-from lightning_qlora.modules.quantization.nf4_linear import (
-    NF4Linear,
-    Quantized4bit,
-    check_mixed_precision_policy,
-    quantize_linears,
-)
+from lightning_qlora.modules.quantization import NF4Linear, _linear_4bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,8 +235,8 @@ def test_only_what_needs_a_gradient_gets_one(learns, monkeypatch):
     if not any(learns):
         return
     dequantized = []
-    dequantize = nf4_linear._dequantize
-    monkeypatch.setattr(nf4_linear, "_dequantize", lambda *args: dequantized.append(1) or dequantize(*args))
+    dequantize = _linear_4bit.dequantize_weight
+    monkeypatch.setattr(_linear_4bit, "dequantize_weight", lambda *args: dequantized.append(1) or dequantize(*args))
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     found = torch.autograd.grad(y.square().sum(), wanted)
     assert len(dequantized) == learns[0]
@@ -278,6 +273,22 @@ def test_the_operator_that_adds_in_place_keeps_the_contract_of_torch_library():
     for y in (torch.randn(5, 24), torch.randn(2, 5, 24)):
         left, right = torch.randn(*y.shape[:-1], 4), torch.randn(24, 4).T
         torch.library.opcheck(torch.ops.lightning_qlora.add_product_.default, (y, left, right))
+
+
+@pytest.mark.parametrize("learns", ["y", "left", "right"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_operator_that_adds_in_place_refuses_to_lose_a_gradient(learns, compiled):
+    tensors = {"y": torch.zeros(5, 24), "left": torch.randn(5, 4), "right": torch.randn(4, 24)}
+    tensors[learns].requires_grad_()
+    operator = torch.ops.lightning_qlora.add_product_.default
+    function = torch.compile(operator, backend="aot_eager", fullgraph=True) if compiled else operator
+    torch._dynamo.reset()
+    with pytest.raises((ValueError, RuntimeError), match="add_product_ has no gradient formula"):
+        function(*tensors.values())
+    assert not tensors["y"].any()
+    with torch.no_grad():
+        function(*tensors.values())
+    torch.testing.assert_close(tensors["y"].detach(), (tensors["left"] @ tensors["right"]).detach())
 
 
 def test_with_lora_autograd_keeps_packed_weights_and_small_tensors_only():
@@ -388,36 +399,18 @@ def test_weights_of_another_format_are_refused(other):
         make_layer(24, 40).load_quantized(Quantized4bit.quantize(torch.randn(size), **other))
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_quantize_linears_replaces_all_but_the_skipped(device):
-    with torch.device(device):
-        model = nn.ModuleDict({"proj": nn.Linear(16, 8), "act": nn.ReLU(), "lm_head": nn.Linear(8, 4, bias=False)})
-        model["block"] = nn.Sequential(nn.Linear(8, 8, bias=False))
-    quantize_linears(model, quant_type="fp4")
-    assert isinstance(model["proj"], NF4Linear)
-    assert isinstance(model["block"][0], NF4Linear)
-    assert type(model["lm_head"]) is nn.Linear
-    assert model["proj"].weight.device.type == device
-    assert model["proj"].quant_type == "fp4"
-    assert (model["proj"].bias is not None, model["block"][0].bias is not None) == (True, False)
+def test_a_weight_that_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"needs a weight of shape \[out_features, in_features\], got \(2, 3, 64\)"):
+        NF4Linear.from_quantized(Quantized4bit.quantize(torch.randn(2, 3, 64)))
 
 
-def test_quantize_linears_keeps_what_is_shared_and_the_mode():
-    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval()
-    model.append(model[0])
-    quantize_linears(model)
-    assert isinstance(model[0], NF4Linear)
-    assert model[2] is model[0]
-    assert not model[0].training
-
-
-def test_quantize_linears_refuses_before_it_replaces():
-    model = nn.Sequential(nn.Linear(16, 60), nn.Sequential(nn.Linear(60, 8)))
-    with pytest.raises(ValueError, match=r"1\.0 has 60 input features.*skip=\('lm_head', '0'\)"):
-        quantize_linears(model)
-    assert type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match=r"use NF4Linear\.from_linear"):
-        quantize_linears(nn.Linear(16, 8))
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_layer_takes_the_bytes_whatever_dtype_they_are_viewed_as(storage):
+    quantized = Quantized4bit.quantize(torch.randn(24, 40))
+    surplus = torch.cat((quantized.packed.flatten(), torch.full((4,), 255, dtype=torch.uint8)))
+    viewed = quantized._replace(packed=surplus.view(storage), offset=quantized.offset.view(1))
+    layer = NF4Linear.from_quantized(viewed)
+    assert_same_bytes(layer, stored_bytes(NF4Linear.from_quantized(quantized)))
 
 
 def test_rows_of_a_plain_tensor_are_all_local():
@@ -430,12 +423,13 @@ def test_rows_of_a_plain_tensor_are_all_local():
 @pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])
 def test_a_policy_that_converts_packed_bytes_is_refused(param_dtype):
     policy = MixedPrecisionPolicy(param_dtype=param_dtype)
-    model = nn.ModuleDict({"mlp": nn.Sequential(make_layer(8, 16))})
+    layer = make_layer(8, 16)
     with pytest.raises(ValueError, match=r"would convert the packed 4-bit bytes of 'mlp.0'.*param_dtype=None"):
-        check_mixed_precision_policy(model, policy)
-    check_mixed_precision_policy(nn.Linear(16, 8), policy)
+        layer.check_mixed_precision_policy(policy, "mlp.0")
+    with pytest.raises(ValueError, match=r"bytes of a layer of 16 to 8 features when"):
+        layer.check_mixed_precision_policy(policy)
     for harmless in (None, torch.float32):
-        check_mixed_precision_policy(model, MixedPrecisionPolicy(param_dtype=harmless, reduce_dtype=torch.bfloat16))
+        layer.check_mixed_precision_policy(MixedPrecisionPolicy(param_dtype=harmless, reduce_dtype=torch.bfloat16))
 
 
 # --- peft
