@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .lora import default_lora, save_adapter
     from .losses.functional import cross_entropy
     from .losses.linear_loss import linear_loss
-    from .quantization.nf4_linear import NF4Linear, quantize_linears
+    from .quantization import NF4Linear, quantize_linears
     from .training import QLoRACausalLM
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)

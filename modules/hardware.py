@@ -14,6 +14,9 @@ import torch
 
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
 
+#: What ``--precision`` takes: a precision, or ``"auto"`` for :func:`default_precision`.
+PrecisionChoice = Literal["auto", Precision]
+
 #: First compute capability with bf16 arithmetic. ``torch.cuda.is_bf16_supported()`` also counts emulation and so
 #: answers yes on a T4 (7.5), where bf16 matrix products are many times slower than fp16 ones.
 BF16_CAPABILITY = (8, 0)
@@ -56,16 +59,25 @@ def default_precision() -> Precision:
     return "bf16-mixed" if bf16 else "16-mixed"
 
 
+def check_precision_name(precision: str) -> None:
+    """Check that ``precision`` is a :data:`PrecisionChoice`, whatever the hardware.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if precision not in get_args(PrecisionChoice):
+        raise ValueError(f"Unknown precision {precision!r}. Choose auto or one of {', '.join(get_args(Precision))}.")
+
+
 def check_precision(precision: str) -> Precision:
     """Return ``precision`` if every visible device can compute in it; for ``"auto"`` :func:`default_precision`.
 
     Raises:
         ValueError: For an unknown precision, or bf16 on a GPU without bf16 arithmetic (compute capability < 8.0).
     """
+    check_precision_name(precision)
     if precision == "auto":
         return default_precision()
-    if precision not in get_args(Precision):
-        raise ValueError(f"Unknown precision {precision!r}. Choose auto or one of {', '.join(get_args(Precision))}.")
     if precision.startswith("bf16"):
         for index in range(torch.cuda.device_count()):
             device = capabilities(index)

@@ -26,13 +26,13 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from benchmarks.shapes import SHAPES
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
+from lightning_qlora.modules.checkpoints.random_weights import SHAPES
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
@@ -150,12 +150,12 @@ def main(
     """Compare, measure, plot and finetune.
 
     Args:
-        model: To finetune: the demo model, a directory of 16-bit weights, a GGUF file, or a hub name. If not given, the
-            demo model on a CPU, and on a GPU a Llama-3.2-1B of random weights, which reads bytes.
+        model: Model to finetune: the demo model, a directory of 16-bit weights, a GGUF file, or a hub name. Default:
+            the demo model on CPU; on a GPU random weights of Llama-3.2-1B's shape, trained on bytes.
         max_steps: Optimizer steps of the finetune; 0 leaves it out.
-        batch_size: Sequences a step.
-        seq_len: Tokens of a sequence.
-        most_tokens: Of the memory plot.
+        batch_size: Sequences per step.
+        seq_len: Tokens per sequence.
+        most_tokens: Largest number of tokens in the memory plot.
         output_dir: Directory for ``report.json`` and ``memory.png``.
     """
     device = capabilities().device_type

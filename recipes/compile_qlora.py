@@ -22,26 +22,28 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import lightning.pytorch as L
 import torch
-from benchmarks.shapes import model_directory
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, RunReport
-from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
-from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
-from lightning_qlora.modules.cli import positive, run_again, run_recipe
+from lightning_qlora.modules.attention.attention import choose_attention
+from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
+from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
+from lightning_qlora.modules.cli import Only, positive, run_again, run_recipe
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
-from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
-from lightning_qlora.modules.hardware import capabilities, check_devices, check_precision, compute_dtype
-from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
+from lightning_qlora.modules.hardware import capabilities, compute_dtype
+from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import load_config
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.run_directory import writable_directory
 
@@ -59,10 +61,11 @@ def batches(text: Tensor, numbers: range, b: int, s: int) -> DataLoader[Any]:
 
 def read_text(directory: Path) -> Tensor:
     """Token ids [tokens] of Python's documentation, or random ones for a model without a tokenizer."""
-    if not (directory / "tokenizer_config.json").is_file():
+    tokenizer = find_tokenizer(directory)
+    if tokenizer is None:
         return torch.randint(load_config(directory).vocab_size, (100_000,), generator=torch.Generator().manual_seed(0))
     text = "\n".join(message["content"] for card in stdlib_api_cards()[:500] for message in card["messages"])
-    return torch.tensor(load_tokenizer(directory)(text)["input_ids"])
+    return torch.tensor(tokenizer(text)["input_ids"])
 
 
 def save_plot(path: Path, runs: dict[str, dict[str, Any]]) -> None:
@@ -106,65 +109,60 @@ def judge(rows: list[dict[str, Any]]) -> int:
 def main(
     model: str | None = None,
     max_autotune: bool = False,
-    devices: int = 1,
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
     max_steps: int | None = None,
     batch_size: int = 2,
     seq_len: int | None = None,
-    attention: AttentionName = "auto",
-    sliding_window: int | None = None,
-    lora_r: int = 64,
     backend: str = "inductor",
     warm: bool = False,
     output_dir: Path = Path("runs/compile_qlora"),
     run: str | None = None,
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    strategy: Annotated[StrategyOptions, Only("devices", "precision")] = StrategyOptions(),
+    compute: Annotated[ComputeOptions, Only("attention", "sliding_window")] = ComputeOptions(),
 ) -> int:
     """Run each mode and compare.
 
     Args:
-        model: Demo model, transformers directory, GGUF file or hub name. If not given, the demo model; on a GPU random
+        model: Demo model, transformers directory, GGUF file or hub name. Default: the demo model; on a GPU random
             weights of Llama-3.2-1B's shape.
         max_autotune: Also compile with Triton's matrix products timed against the vendor's library.
-        devices: GPUs, or processes where there is no GPU.
-        precision: auto takes bf16-mixed or 16-mixed on a GPU, as the hardware allows, and 32-true on CPU.
-        max_steps: Optimizer steps, of which the first half is warm-up; default 32 on a GPU and 8 on CPU.
-        batch_size: Samples of the first of the eight shapes.
-        seq_len: Tokens of its samples; default 2048 on a GPU and 64 on CPU.
-        attention: What computes attention; auto takes the fastest that the GPU has for what is asked.
-        sliding_window: Tokens that one sees, itself included; default all before it.
-        lora_r: Rank of the adapters.
-        backend: Of torch.compile.
+        max_steps: Optimizer steps, of which the first half is warm-up. Default: 32 on a GPU, 8 on CPU.
+        batch_size: Samples in batches of the first of the eight shapes.
+        seq_len: Tokens per sample in batches of the first shape. Default: 2048 on a GPU, 64 on CPU.
+        backend: Backend of torch.compile.
         warm: Run each compiled mode once more with the compiler caches of its first run.
-        output_dir: Where the reports go.
+        output_dir: Directory for the reports.
         run: Do only this run of those that output_dir is for (what this recipe calls itself with).
+        lora, strategy, compute: Groups of flags; activations are always checkpointed.
     """
     on_gpu = torch.cuda.is_available()
     max_steps = (32 if on_gpu else 8) if max_steps is None else max_steps
     seq_len = (2048 if on_gpu else 64) if seq_len is None else seq_len
     positive(max_steps=max_steps, batch_size=batch_size)
     if seq_len < 10:
-        raise ValueError(f"--seq_len must be at least 10, for the shortest samples have a fifth of it, got {seq_len}.")
+        raise ValueError(f"--seq_len must be at least 10: the shortest samples have a fifth of it. Got {seq_len}.")
     writable_directory(output_dir)
-    check_devices(devices)
-    precision = check_precision(precision)
+    strategy = strategy.check()
     choose_attention(  # refuses what it cannot do, before anything long
-        attention, packed=False, sliding_window=sliding_window, dtype=compute_dtype(precision),
+        compute.attention, packed=False, sliding_window=compute.sliding_window, dtype=compute_dtype(strategy.precision),
         compute_capability=capabilities().compute_capability,
     )  # fmt: skip
     if run is None:
-        uncompiled = ["off"] if precision == "32-true" else ["off", "float32"]
+        uncompiled = ["off"] if strategy.precision == "32-true" else ["off", "float32"]
         return compare(uncompiled, ["default", *["max-autotune"] * max_autotune], warm, output_dir)
+    attention, mode = compute.attention, run.split()[0]
     if run == "float32":
-        precision, attention = "32-true", "auto"  # some attention is for 16 bits only
+        attention, mode = "auto", "off"  # some attention is for 16 bits only
+        strategy = replace(strategy, precision="32-true")
 
-    directory = model_directory(model)
+    directory = model_or_random_weights(model)
     module = QLoRACausalLM(
-        directory, default_lora(lora_r), checkpoint_activations=True, attention=attention, compile_backend=backend,
-        compile="off" if run == "float32" else run.split()[0], sliding_window=sliding_window,  # type: ignore[arg-type]
+        directory, lora.config(), checkpoint_activations=True, attention=attention, compile_backend=backend,
+        compile=mode, sliding_window=compute.sliding_window,  # type: ignore[arg-type]
     )  # fmt: skip
     report = RunReport(output_dir / run / "report.json", warmup_steps=max_steps // 2, metadata={"compile": run})
     trainer = L.Trainer(
-        devices=devices, strategy=FSDP2Strategy(precision=precision), max_steps=max_steps, gradient_clip_val=1.0,
+        devices=strategy.devices, strategy=build_strategy(strategy), max_steps=max_steps, gradient_clip_val=1.0,
         val_check_interval=max_steps, num_sanity_val_steps=0, inference_mode=False, use_distributed_sampler=False,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[CompileReport(max_graphs=7), report],

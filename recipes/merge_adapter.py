@@ -38,12 +38,12 @@ def main(
 
     Args:
         adapter: Directory of a LoRA adapter in peft's format.
-        output_dir: Where the merged model goes; must not exist.
-        model: The base, as for training; default the one that the adapter names.
-        dtype: Of the merged weights; auto keeps the base's.
-        max_shard_size: Largest weights file, such as 500MB; memory holds one.
+        output_dir: Directory for the merged model; must not exist.
+        model: Base model, as for training. Default: the one that the adapter names.
+        dtype: Dtype of the merged weights; auto keeps the base's.
+        max_shard_size: Largest size of a weights file, such as 500MB. One file is held in memory.
         quantize_base: Round a 16-bit base to NF4 first, as QLoRA training on it did.
-        check: Compare logits before the result is kept; reads all weights three times more.
+        check: Compare logits before the result is kept; reads all weights three more times.
         prompt: Text whose logits are compared.
     """
     trained_on = read_base_name(adapter)

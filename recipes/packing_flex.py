@@ -22,32 +22,40 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import lightning.pytorch as L
 import torch
-from benchmarks.attention import AttentionName, attentions_here, measure_attention
-from benchmarks.packed_steps import check_rows, draw_steps, packed_batches, padded_batches, read_samples, token_counts
-from benchmarks.shapes import model_directory
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
-from lightning_qlora.modules.cli import positive, run_again, run_recipe
-from lightning_qlora.modules.distributed.strategies import build_strategy
-from lightning_qlora.modules.hardware import check_precision, compute_dtype
-from lightning_qlora.modules.lora.config import default_lora
-from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.attention.timing import TimedAttention, attentions_here, measure_attention
+from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
+from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
+from lightning_qlora.modules.cli import Only, positive, run_again, run_recipe
+from lightning_qlora.modules.data.steps import (
+    check_rows,
+    demo_samples,
+    draw_steps,
+    packed_batches,
+    padded_batches,
+    token_counts,
+)
+from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
+from lightning_qlora.modules.hardware import compute_dtype
+from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import load_config
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.run_directory import writable_directory
 
 
-def train(module: QLoRACausalLM, batches: list[list[Any]], precision: str, report: Path) -> None:
+def train(module: QLoRACausalLM, batches: list[list[Any]], strategy: StrategyOptions, report: Path) -> None:
     """Train a step on each list of micro-batches, a quarter of the steps as warm-up, and write the report."""
     every, warmup = list(itertools.chain(*batches)), len(batches) // 4
     padding = 1 - sum(batch["num_tokens"] for batch in every) / sum(batch["input_ids"].numel() for batch in every)
     trainer = L.Trainer(
-        devices=1, strategy=build_strategy("single", precision=precision), max_steps=len(batches),
+        devices=1, strategy=build_strategy(strategy), max_steps=len(batches),
         accumulate_grad_batches=len(batches[0]), gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[
             MemoryReport(), ThroughputReport(warmup_steps=warmup), CompileReport(max_recompiles=2),
@@ -99,34 +107,33 @@ def save_plot(path: Path, rows: list[dict[str, Any]], lengths: list[int]) -> Non
 def main(
     model: str | None = None,
     lengths: list[int] | None = None,
-    attentions: list[AttentionName] | None = None,
+    attentions: list[TimedAttention] | None = None,
     tokens: int | None = None,
     batch_size: int = 4,
     max_steps: int | None = None,
-    compile: CompileMode = "off",
     backend: str = "inductor",
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
-    lora_r: int = 64,
     output_dir: Path = Path("runs/packing_flex"),
     run: str | None = None,
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    strategy: Annotated[StrategyOptions, Only("precision")] = StrategyOptions("single"),
+    compute: Annotated[ComputeOptions, Only("compile")] = ComputeOptions(),
 ) -> int:
     """Measure each run and compare.
 
     Args:
-        model: Demo model, transformers directory, GGUF file or hub name. If not given, the demo model; on a GPU random
+        model: Demo model, transformers directory, GGUF file or hub name. Default: the demo model; on a GPU random
             weights of Llama-3.2-1B's shape.
-        lengths: Tokens of the rows to pack into, as in --lengths '[512,1024]'; default 1024, 2048, 4096 and 8192 on a
-            GPU, 256 and 1024 on CPU.
-        attentions: What to measure, as in --attentions '[sdpa,flex]'; default all that run here.
-        tokens: Of a step's packed rows, their padding included; default 16384 on a GPU and 1024 on CPU.
-        batch_size: Samples of a micro-batch in the second padded run.
-        max_steps: Optimizer steps, of which a quarter are warm-up; default 16 on a GPU and 4 on CPU.
-        compile: Compile each layer and the loss. Adds a run of rows of eight lengths, which must not compile often.
-        backend: Of torch.compile.
-        precision: auto takes bf16-mixed or 16-mixed on a GPU, as the hardware allows, and 32-true on CPU.
-        lora_r: Rank of the adapters.
-        output_dir: Where the reports go.
+        lengths: Lengths in tokens of the packed rows, as in --lengths '[512,1024]'. Default: 1024, 2048, 4096 and 8192
+            on a GPU, 256 and 1024 on CPU.
+        attentions: Attention implementations to measure, as in --attentions '[sdpa,flex]'. Default: all that run here.
+        tokens: Tokens in the packed rows of a step, padding included. Default: 16384 on a GPU, 1024 on CPU.
+        batch_size: Samples per micro-batch in the second padded run.
+        max_steps: Optimizer steps, of which a quarter are warm-up. Default: 16 on a GPU, 4 on CPU.
+        backend: Backend of torch.compile.
+        output_dir: Directory for the reports.
         run: Do only this run of those that output_dir is for (what this recipe calls itself with).
+        lora, strategy, compute: Groups of flags. --compile adds a run with rows of eight lengths, which must not
+            compile often.
     """
     on_gpu = torch.cuda.is_available()
     lengths = sorted(lengths or ([1024, 2048, 4096, 8192] if on_gpu else [256, 1024]))
@@ -134,30 +141,32 @@ def main(
     max_steps = (16 if on_gpu else 4) if max_steps is None else max_steps
     positive(batch_size=batch_size, max_steps=max_steps)
     writable_directory(output_dir)
-    precision = check_precision(precision)
-    usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
-    directory = model_directory(model)
-    samples = read_samples(directory)
+    strategy = strategy.check()
+    dtype = compute_dtype(strategy.precision)
+    usable, refused = attentions_here(attentions or get_args(TimedAttention), dtype)
+    directory = model_or_random_weights(model)
+    config = load_config(directory)
+    samples = demo_samples(find_tokenizer(directory), config.vocab_size)
     check_rows(samples, lengths, tokens)
     counts = token_counts(samples)
     steps = draw_steps(samples, lengths, tokens, max_steps)
     if run is not None:
         attention, rows = cast(tuple[Any, str], run.split())
         module = QLoRACausalLM(
-            directory, default_lora(lora_r), checkpoint_activations=True, compile=compile, compile_backend=backend,
+            directory, lora.config(), checkpoint_activations=True, compile=compute.compile, compile_backend=backend,
             attention="sdpa" if attention == "padded" else attention, packing=attention != "padded",
         )  # fmt: skip
         varied = [max(max(counts), lengths[-1] * part // 16) for part in range(9, 17)]
         row_lengths = varied if rows == "varied" else [int(rows)]
         batches: Any = padded_batches(steps, int(rows)) if attention == "padded" else packed_batches(steps, row_lengths)
-        train(module, batches, precision, output_dir / run / "report.json")
+        train(module, batches, strategy, output_dir / run / "report.json")
         return 0
 
     print(f"{len(counts)} samples of {min(counts)} to {max(counts)} tokens, {mean(counts):.0f} on average")
     print(*(f"{name} is not measured: {reason}" for name, reason in refused.items()), sep="\n")
     names = [f"padded {max(map(len, steps))}", f"padded {batch_size}"]
     names += [f"{name} {length}" for length in lengths for name in usable]
-    names += [f"{name} varied" for name in usable] if compile != "off" else []
+    names += [f"{name} varied" for name in usable] if compute.compile != "off" else []
     for name in dict.fromkeys(names):
         print(f"--- {name}", flush=True)
         if status := run_again("--run", name):
@@ -169,7 +178,7 @@ def main(
     alone = []
     for length in lengths:
         documents = packed_batches(steps[:1], [length])[0][0]["document_lengths"]
-        found = measure_attention(load_config(directory), documents, usable, compute_dtype(precision))
+        found = measure_attention(config, documents, usable, dtype)
         for each in found:
             step = next((r["peak GiB"] for r in table if r["run"] == f"{each['attention']} {length}"), None)
             alone.append({"row": length, **each, "of step's peak": each["mask MiB"] / 1024 / step if step else 0.0})
@@ -180,7 +189,7 @@ def main(
     (output_dir / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
     save_plot(output_dir / "comparison.png", table, lengths)
     print(f"Wrote {output_dir / 'report.json'} and {output_dir / 'comparison.png'}.")
-    most = 1e-4 if precision == "32-true" else 1e-2
+    most = 1e-4 if strategy.precision == "32-true" else 1e-2
     if differing := [each["run"] for each in table if each["difference"] > most]:
         print(f"The losses of {', '.join(differing)} differ by more than {most} from the first run's.", file=sys.stderr)
     return int(bool(differing))

@@ -15,20 +15,13 @@ FLOORS = (
     {"attention", "quantization"},
     {"losses"},
     {"hardware", "dtensor", "autograd_in_operators"},
-    {"lazy"},
+    {"lazy", "options"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # They import no other room, and none imports them.
 APART = {"data", "cli"}
 # The strategy shards any model: what a model's 4-bit weights ask of a mixed precision policy, the model says.
 FORBIDDEN = {("distributed", "quantization")}
-
-# Arrows that are still there; each leaves this list with its last import.
-LEFT = {
-    ("recipes", "recipes.benchmarks"): "recipes still read shapes and timings from the benchmarks",
-    ("distributed", "quantization"): "FSDP2Strategy still checks the policy itself",
-}
-
 
 def room(file: str) -> str:
     """The folder of a file; in `modules/` also a file that lies there by itself."""
@@ -50,7 +43,7 @@ def allowed(source: str, target: str) -> bool:
         return target != "recipes.benchmarks"
     if source in ("kernels", "callbacks"):
         return False
-    if source == "modules" or target in ("kernels", "lazy"):
+    if source == "modules" or target in ("kernels", "lazy", "options"):
         return target not in ("callbacks", "recipes", "recipes.benchmarks")
     return (source, target) not in FORBIDDEN and FLOOR.get(source, 99) < FLOOR.get(target, -1)
 
@@ -62,15 +55,7 @@ def test_every_room_has_its_place() -> None:
 
 def test_no_arrow_points_where_it_must_not() -> None:
     assert len(BETWEEN_ROOMS) > 100
-    assert not [arrow for *ends, arrow in BETWEEN_ROOMS if not allowed(*ends) and tuple(ends) not in LEFT]
-
-
-@pytest.mark.parametrize(
-    "ends", [pytest.param(ends, marks=pytest.mark.xfail(reason=why, strict=True)) for ends, why in LEFT.items()]
-)
-def test_arrows_that_are_left_over(ends: tuple[str, str]) -> None:
-    assert not allowed(*ends)
-    assert not [arrow for *found, arrow in BETWEEN_ROOMS if tuple(found) == ends]
+    assert not [arrow for *ends, arrow in BETWEEN_ROOMS if not allowed(*ends)]
 
 
 @pytest.mark.parametrize("between", ["files", "rooms"])

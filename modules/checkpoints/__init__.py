@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
-    from .config import load_config
+    from .config import read_config
     from .loading import check_weights, load_weights
     from .resolve import base_name, resolve_model
     from .safetensors_files import SafetensorsCheckpoint
@@ -17,8 +17,8 @@ __all__ = [
     "SafetensorsCheckpoint",
     "base_name",
     "check_weights",
-    "load_config",
     "load_tokenizer",
     "load_weights",
+    "read_config",
     "resolve_model",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,6 +11,22 @@ from .config import read_config
 from .demo_model import DEMO_MODEL, demo_model_directory
 from .gguf import convert_gguf
 from .safetensors_files import SafetensorsCheckpoint
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Base model.
+
+    Args:
+        model: The demo model (smollm2-135m-instruct), a transformers directory (16-bit or bitsandbytes 4-bit
+            safetensors), a GGUF file, or a name on the Hugging Face hub.
+    """
+
+    model: str = DEMO_MODEL
+
+    def directory(self) -> Path:
+        """As :func:`resolve_model`."""
+        return resolve_model(self.model)
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -27,3 +27,12 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{directory}: its tokenizer cannot be loaded ({reason}). {advice}") from error
     return tokenizer
+
+
+def find_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a directory; ``None`` for one without ``tokenizer_config.json``, as random weights have.
+
+    Raises:
+        ValueError: If transformers cannot read it.
+    """
+    return load_tokenizer(directory) if (Path(directory) / "tokenizer_config.json").is_file() else None

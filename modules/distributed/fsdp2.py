@@ -16,7 +16,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from ..quantization.nf4_linear import check_mixed_precision_policy
 from .host_grad_scaler import HostGradScaler
 from .precision import precision_plugin
 from .trained_checkpoints import TrainedCheckpoints
@@ -34,7 +33,8 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
 
     Args:
         precision: ``"32-true"``, ``"16-mixed"`` (with dynamic loss scaling; ``Trainer(precision="16-mixed")`` itself
-            refuses strategies of this kind), ``"bf16-mixed"`` or ``"bf16-true"``. ``None`` leaves it to the Trainer.
+            refuses strategies of this kind), ``"bf16-mixed"``, ``"bf16-true"``, or ``"auto"`` for what the hardware
+            does best. ``None`` leaves it to the Trainer.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory; layers visit the GPU in turn.
         reshard_after_forward: Free each gathered layer after its forward and gather it again for its backward.
         prefetch: Groups to gather ahead of the one that computes, each held in memory meanwhile. 0 leaves it to FSDP2,
@@ -73,10 +73,7 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
             async_save=async_save,
             timeout=timeout,
         )
-        if prefetch < 0:
-            raise ValueError(f"prefetch must not be negative, got {prefetch}. Use 0 for FSDP2's own.")
-        if shard_size is not None and shard_size < 2:
-            raise ValueError(f"shard_size must be at least 2, got {shard_size}. To shard nothing, use DDP.")
+        check_sharding(prefetch, shard_size)
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
         self.prefetch = prefetch
@@ -129,9 +126,10 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
             groups: Modules gathered together, in the order in which forward uses them.
 
         Raises:
-            ValueError: If the mixed-precision policy would convert packed 4-bit weights.
+            ValueError: If a module refuses the mixed-precision policy, e.g. because it would convert packed 4-bit
+                weights. A module is asked by its method ``check_mixed_precision_policy(policy)``, if it has one.
         """
-        check_mixed_precision_policy(root, self.mp_policy)
+        _check_mixed_precision_policy(root, self.mp_policy)
         if self.world_size == 1 and not self.cpu_offload:
             return
         offload: OffloadPolicy = OffloadPolicy()
@@ -194,6 +192,18 @@ class FSDP2Strategy(TrainedCheckpoints, WatchedProcesses, ModelParallelStrategy)
                 module.set_requires_gradient_sync(True, recurse=False)
 
 
+def check_sharding(prefetch: int, shard_size: int | None) -> None:
+    """Check what can be checked before the number of ranks is known.
+
+    Raises:
+        ValueError: For a negative ``prefetch``, or a ``shard_size`` below 2.
+    """
+    if prefetch < 0:
+        raise ValueError(f"prefetch must not be negative, got {prefetch}. Use 0 for FSDP2's own.")
+    if shard_size is not None and shard_size < 2:
+        raise ValueError(f"shard_size must be at least 2, got {shard_size}. To shard nothing, use DDP.")
+
+
 def check_shard_size(shard_size: int | None, num_nodes: int, devices: int) -> None:
     """Check that ranks, ``devices`` on each of ``num_nodes``, hold whole copies of ``shard_size`` parts each.
 
@@ -206,6 +216,18 @@ def check_shard_size(shard_size: int | None, num_nodes: int, devices: int) -> No
             f"shard_size={shard_size} does not divide the {ranks} ranks ({num_nodes} nodes of {devices}). Choose a "
             "divisor, usually the devices of a node."
         )
+
+
+def _check_mixed_precision_policy(root: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    """Ask every module that has an opinion, before any is sharded."""
+    for name, module in root.named_modules():
+        check = getattr(module, "check_mixed_precision_policy", None)
+        if check is None:
+            continue
+        try:
+            check(policy)
+        except ValueError as error:
+            raise ValueError(f"{name or type(module).__name__}: {error}") from error
 
 
 def _set_prefetch(root: nn.Module, groups: Sequence[Sequence[nn.Module]], ahead: int) -> None:

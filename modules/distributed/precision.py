@@ -13,7 +13,7 @@ def precision_plugin(precision: str, device: str | None = None) -> PrecisionPlug
     """Lightning's plugin for ``precision``, for strategies that ``Trainer(precision=...)`` refuses or that know more.
 
     Args:
-        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"`` or ``"bf16-true"``.
+        precision: ``"32-true"``, ``"16-mixed"``, ``"bf16-mixed"``, ``"bf16-true"`` or ``"auto"``.
         device: Device type of autocast; default ``"cuda"`` where there is a GPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training checkpoints of what is trained: one file or a shard a rank, written whole or not at all, on the side or not.
+"""Checkpoints of the trained parameters: one file or one shard per rank, written atomically, now or in the background.
 
 A checkpoint holds the trained parameters, their optimizer state under parameter names, and the Trainer's own state;
 nothing of a frozen base. Either form continues under any of this package's strategies, on any number of ranks:
@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..options import at_least
 from .collectives import gather_objects, is_distributed
 
 _META = "meta.pt"
@@ -48,6 +50,28 @@ _FILES = "files"
 
 #: What is being written or removed is named so, beside its place; only a killed process leaves it behind.
 PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints.
+
+    Args:
+        save_every: Optimizer steps between two checkpoints, each with its adapter. The last two are kept.
+        sharded_checkpoints: Each rank writes its own shards into a directory, instead of rank 0 one file with
+            everything.
+        async_save: Write checkpoints in the background while training goes on.
+
+    Raises:
+        ValueError: If ``save_every`` is below 1.
+    """
+
+    save_every: int = 10
+    sharded_checkpoints: bool = False
+    async_save: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, save_every=self.save_every)
 
 
 class TrainedCheckpoints(Strategy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 
@@ -34,6 +35,33 @@ def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name is a LoRA matrix."""
     return ".lora_A." in name or ".lora_B." in name
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """LoRA adapters.
+
+    Args:
+        lora_r: Rank of the adapters, which are added to all seven projections of each decoder layer.
+        lora_alpha: Adapter updates are scaled by lora_alpha / lora_r. null means 2 * lora_r.
+        lora_dropout: Probability of dropping an element of an adapter's input.
+        init_adapter: Directory of a peft adapter with the same rank and alpha, to continue from.
+
+    Raises:
+        ValueError: For a rank below 1, a non-positive alpha, or a dropout outside [0, 1).
+    """
+
+    lora_r: int = 64
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    init_adapter: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_lora(self.config())
+
+    def config(self) -> LoraConfig:
+        """The adapters' configuration in peft's own form."""
+        return default_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
 
 
 def check_lora(lora: LoraConfig) -> LoraConfig:

@@ -6,9 +6,19 @@ from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from .build import build_model, materialize
-    from .causal_lm import QLoRALlamaForCausalLM
+    from .causal_lm import QLoRAForCausalLM
     from .compilation import CompileMode, compile_region
+    from .families import FAMILIES, Family, load_config
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
-__all__ = ["CompileMode", "QLoRALlamaForCausalLM", "build_model", "compile_region", "materialize"]
+__all__ = [
+    "FAMILIES",
+    "CompileMode",
+    "Family",
+    "QLoRAForCausalLM",
+    "build_model",
+    "compile_region",
+    "load_config",
+    "materialize",
+]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from attention import AttentionName, attentions_here, measure_attention
-from packed_steps import check_rows, draw_steps, packed_batches, read_samples
 from record import RESULTS, save_record
-from shapes import model_directory
 
+from lightning_qlora.modules.attention.timing import TimedAttention, attentions_here, measure_attention
+from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
+from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
 from lightning_qlora.modules.cli import run_recipe
+from lightning_qlora.modules.data.steps import check_rows, demo_samples, draw_steps, packed_batches
 from lightning_qlora.modules.hardware import check_precision, compute_dtype
 from lightning_qlora.modules.models.families import load_config
 
@@ -27,33 +28,34 @@ def main(
     model: str | None = None,
     lengths: list[int] | None = None,
     tokens: int | None = None,
-    attentions: list[AttentionName] | None = None,
+    attentions: list[TimedAttention] | None = None,
     results: Path = RESULTS,
     commit: str | None = None,
 ) -> None:
     """Measure, print and record.
 
     Args:
-        model: Whose heads and tokens; default Llama-3.2-1B's shape on a GPU and the demo model on a CPU.
-        lengths: Of rows; default 2048 and 8192 tokens on a GPU, 256 and 1024 on a CPU.
-        tokens: Of all rows; default 16384 on a GPU and 1024 on a CPU.
-        attentions: What to measure; default all that run here.
+        model: Model whose heads and tokenizer count. Default: Llama-3.2-1B's shape on a GPU, the demo model on a CPU.
+        lengths: Lengths of the rows. Default: 2048 and 8192 tokens on a GPU, 256 and 1024 on a CPU.
+        tokens: Tokens in all rows together. Default: 16384 on a GPU, 1024 on a CPU.
+        attentions: Attention implementations to measure. Default: all that run here.
         results: Directory of the record.
-        commit: Of the code measured; read from git unless given.
+        commit: Commit of the code measured; read from git unless given.
     """
     on_gpu = torch.cuda.is_available()
     lengths = lengths or ([2048, 8192] if on_gpu else [256, 1024])
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
-    directory = model_directory(model)
+    directory = model_or_random_weights(model)
+    config = load_config(directory)
     dtype = compute_dtype(check_precision("auto"))
-    backends, refused = attentions_here(attentions or get_args(AttentionName), dtype)
-    samples = read_samples(directory)
+    backends, refused = attentions_here(attentions or get_args(TimedAttention), dtype)
+    samples = demo_samples(find_tokenizer(directory), config.vocab_size)
     check_rows(samples, lengths, tokens)
     steps = draw_steps(samples, lengths, tokens, 1)
     rows = []
     for length in lengths:
         documents = packed_batches(steps, [length])[0][0]["document_lengths"]
-        found = measure_attention(load_config(directory), documents, backends, dtype)
+        found = measure_attention(config, documents, backends, dtype)
         rows += [{"row": length, "rows": len(documents), **each} for each in found]
     path = save_record(
         "attention",

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from record import RESULTS, ROOT, save_record
-from shapes import SHAPES, checkpoint_of
 
+from lightning_qlora.modules.checkpoints.random_weights import SHAPES, checkpoint_of
 from lightning_qlora.modules.cli import positive, run_recipe
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.training.memory_plan import GIB, Settings, plan_memory
@@ -100,7 +100,7 @@ def main(at_once: int = 1, results: Path = RESULTS, commit: str | None = None) -
     Args:
         at_once: How many to run at a time: the GPUs must hold the caps of all.
         results: Directory of the record.
-        commit: Of the code measured; read from git unless given.
+        commit: Commit of the code measured; read from git unless given.
     """
     positive(at_once=at_once)
     gpus = torch.cuda.device_count()

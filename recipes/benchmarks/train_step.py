@@ -29,28 +29,27 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import bitsandbytes as bnb
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from record import RESULTS, save_record
-from shapes import CHECKPOINTS, SHAPES, LlamaShape, checkpoint_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_qlora.modules.cli import positive, run_recipe
+from lightning_qlora.modules.checkpoints.random_weights import CHECKPOINTS, SHAPES, LlamaShape, checkpoint_of
+from lightning_qlora.modules.cli import Only, positive, run_recipe
 from lightning_qlora.modules.distributed.collectives import end_process_group, gather_objects, is_distributed
-from lightning_qlora.modules.distributed.strategies import StrategyName, build_strategy
-from lightning_qlora.modules.hardware import check_devices, check_precision, compute_dtype
-from lightning_qlora.modules.lora.config import default_lora
-from lightning_qlora.modules.models.compilation import CompileMode
+from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
+from lightning_qlora.modules.hardware import compute_dtype
+from lightning_qlora.modules.lora.config import LoraOptions
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 
 GIB = 2**30
@@ -60,70 +59,58 @@ COLUMNS = [
     "peak GPU, GiB", "peak GPU while loading, GiB", "load, s", "host peak while loading, GiB",
 ]  # fmt: skip
 
+STRATEGY_FLAGS = Only("devices", "precision", "strategy", "offload", "reshard_after_forward", "prefetch")
+COMPUTE_FLAGS = Only("checkpoint_activations", "offload_activations", "compile")
+
 
 def main(
     shape: Literal["tiny", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b"] | None = None,
     batch_size: int = 2,
     seq_len: int | None = None,
-    devices: int = 1,
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true"] = "auto",
-    strategy: StrategyName = "fsdp2",
-    offload: bool = False,
-    reshard_after_forward: bool = True,
-    prefetch: int = 0,
-    checkpoint_activations: bool = True,
-    offload_activations: bool = False,
-    compile: CompileMode = "off",
     memory_cap_gib: float | None = None,
     steps: int = 8,
     warmup: int = 3,
-    lora_r: int = 64,
     profile: bool = False,
     peer: Literal["hf", "accelerate"] | None = None,
     quantized: bool = True,
     checkpoints: Path = CHECKPOINTS,
     results: Path = RESULTS,
     commit: str | None = None,
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    strategy: Annotated[StrategyOptions, STRATEGY_FLAGS] = StrategyOptions(),
+    compute: Annotated[ComputeOptions, COMPUTE_FLAGS] = ComputeOptions(checkpoint_activations=True),
 ) -> int:
     """Measure, print and record one configuration.
 
     Args:
-        shape: Of the model; default llama-3.2-1b on a GPU, tiny on CPU.
-        batch_size: Samples a step on each device.
-        seq_len: Tokens a sample; default 2048 on a GPU, 32 on CPU.
-        devices: GPUs, or processes where there is no GPU.
-        precision: As the recipes' flag.
-        strategy: Ours; a peer has its own.
-        offload: Keep sharded weights and optimizer state in host memory (not with a peer).
-        reshard_after_forward: Gather layers again for backward, rather than keep them (not with a peer).
-        prefetch: Layers gathered ahead; 0 leaves it to FSDP2 (not with a peer).
-        checkpoint_activations: Recompute each layer in backward.
-        offload_activations: From inputs that wait in host memory (not with a peer).
-        compile: As of QLoRACausalLM (not with a peer).
+        shape: Shape of the model. Default: llama-3.2-1b on a GPU, tiny on CPU.
+        batch_size: Samples per step on each device.
+        seq_len: Tokens per sample. Default: 2048 on a GPU, 32 on CPU.
         memory_cap_gib: The most that PyTorch may reserve on each GPU: a T4 has about 14.5.
         steps: Measured steps.
         warmup: Steps before them.
-        lora_r: Rank of the adapters on all seven projections; alpha is twice that.
         profile: Also write where the GPU's time goes in one more step, next to the results.
-        peer: Measure this in place of lightning-qlora.
+        peer: Measure this in place of lightning-qlora. A peer has none of --strategy, --offload,
+            --reshard_after_forward, --prefetch, --offload_activations and --compile.
         quantized: Start from a bitsandbytes 4-bit checkpoint, else from a bfloat16 one.
-        checkpoints: Where checkpoints of random weights are kept.
+        checkpoints: Directory where checkpoints of random weights are kept.
         results: Directory of the record.
-        commit: Of the code measured; read from git unless given.
+        commit: Commit of the code measured; read from git unless given.
+        lora, strategy, compute: Groups of flags.
     """
-    positive(batch_size=batch_size, devices=devices, steps=steps, warmup=warmup, lora_r=lora_r)
-    check_devices(devices)
+    positive(batch_size=batch_size, steps=steps, warmup=warmup)
+    strategy = strategy.check()
+    devices, precision = strategy.devices, strategy.precision
     on_gpu = torch.cuda.is_available()
-    precision = check_precision(precision)
     shape = shape or ("llama-3.2-1b" if on_gpu else "tiny")
     seq_len = seq_len or (2048 if on_gpu else 32)
     of_ours = (
-        offload
-        or offload_activations
-        or prefetch
-        or not reshard_after_forward
-        or compile != "off"
-        or strategy != "fsdp2"
+        strategy.offload
+        or strategy.prefetch
+        or not strategy.reshard_after_forward
+        or strategy.strategy != "fsdp2"
+        or compute.offload_activations
+        or compute.compile != "off"
     )
     if peer and (of_ours or precision == "bf16-true" or not quantized):
         raise ValueError(
@@ -134,10 +121,6 @@ def main(
         raise ValueError("--peer accelerate needs --devices 2 or more GPUs: accelerate does not shard otherwise.")
     if memory_cap_gib is not None and not on_gpu:
         raise ValueError("--memory_cap_gib limits GPU memory, and there is no GPU.")
-    own_strategy = build_strategy(
-        strategy, devices=devices, precision=precision, cpu_offload=offload,
-        reshard_after_forward=reshard_after_forward, prefetch=prefetch,
-    )  # fmt: skip
     directory = checkpoint_of(shape, checkpoints, quantized)
     if peer and devices > 1 and "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"]
@@ -146,31 +129,37 @@ def main(
     meter = Meter(steps, warmup, memory_cap_gib, with_profile=profile)
     batches = functools.partial(random_batches, SHAPES[shape], batch_size, seq_len, meter.total_steps)
     if peer:
-        train_peer(peer, directory, batches, meter, precision, checkpoint_activations, lora_r)
+        train_peer(peer, directory, batches, meter, precision, compute.checkpoint_activations, lora.config())
     else:
         module = QLoRACausalLM(
-            directory, default_lora(lora_r), learning_rate=LEARNING_RATE, schedule="constant",
-            checkpoint_activations=checkpoint_activations, offload_activations=offload_activations, compile=compile,
-        )  # fmt: skip
-        train_ours(module, batches, meter, devices, own_strategy)
+            directory,
+            lora.config(),
+            learning_rate=LEARNING_RATE,
+            schedule="constant",
+            checkpoint_activations=compute.checkpoint_activations,
+            offload_activations=compute.offload_activations,
+            compile=compute.compile,
+        )
+        train_ours(module, batches, meter, strategy)
     figures = meter.gather()
     if figures is None:
         return 0
 
     figures["tokens_per_s"] = batch_size * seq_len * devices / (figures["step_ms"]["p50"] / 1000)
-    what = {None: f"lightning-qlora {strategy}", "hf": "transformers + peft", "accelerate": "accelerate FSDP2"}[peer]
+    ours = f"lightning-qlora {strategy.strategy}"
+    what = {None: ours, "hf": "transformers + peft", "accelerate": "accelerate FSDP2"}[peer]
     options = {
-        f"compile {compile}": compile != "off",
-        "offload": offload,
-        "offload activations": offload_activations,
-        "no resharding": not reshard_after_forward,
-        f"prefetch {prefetch}": prefetch,
-        "no checkpointing": not checkpoint_activations,
+        f"compile {compute.compile}": compute.compile != "off",
+        "offload": strategy.offload,
+        "offload activations": compute.offload_activations,
+        "no resharding": not strategy.reshard_after_forward,
+        f"prefetch {strategy.prefetch}": strategy.prefetch,
+        "no checkpointing": not compute.checkpoint_activations,
         "16-bit checkpoint": not quantized,
         f"cap {memory_cap_gib} GiB": memory_cap_gib,
     }
-    settings = [", ".join([what, *(name for name, is_set in options.items() if is_set)]), shape, precision, devices,
-                f"{batch_size} x {seq_len}", lora_r]  # fmt: skip
+    what = ", ".join([what, *(name for name, is_set in options.items() if is_set)])
+    settings = [what, shape, precision, devices, f"{batch_size} x {seq_len}", lora.lora_r]
     record_run(settings, figures, results, commit, meter.profile_table() if profile else None)
     return 0
 
@@ -343,13 +332,12 @@ def train_ours(
     module: QLoRACausalLM,
     batches: Callable[[int], list[dict[str, Any]]],
     meter: Meter,
-    devices: int,
-    strategy: Strategy,
+    strategy: StrategyOptions,
 ) -> None:
     """Train with the recipe's own stack."""
     trainer = L.Trainer(
-        devices=devices,
-        strategy=strategy,
+        devices=strategy.devices,
+        strategy=build_strategy(strategy),
         max_steps=meter.total_steps,
         gradient_clip_val=1.0,
         inference_mode=False,
@@ -365,7 +353,7 @@ def train_ours(
 
 def train_peer(
     peer: str, directory: Path, batches: Callable[[int], list[dict[str, Any]]], meter: Meter, precision: str,
-    checkpoint_activations: bool, lora_r: int,
+    checkpoint_activations: bool, lora: LoraConfig,
 ) -> None:  # fmt: skip
     """Train with transformers, peft and bitsandbytes; on several devices under DDP or accelerate's FSDP2."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -385,7 +373,7 @@ def train_peer(
             module.compute_dtype = dtype
     if checkpoint_activations:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(model, default_lora(lora_r)).train()
+    model = get_peft_model(model, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     backward: Callable[[Tensor], None]

@@ -1,4 +1,4 @@
-"""One layer's attention by itself: causal over whole rows, and inside the documents of packed rows.
+"""Timing one layer's attention by itself: causal over whole rows, and inside the documents of packed rows.
 
 Shapes: B rows, S tokens a row, N heads of queries, K of keys and values, D head dimension.
 """
@@ -13,16 +13,11 @@ from torch.utils.benchmark import Timer
 from transformers import AttentionInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lightning_qlora.modules.attention.attention import (
-    IMPLEMENTATION,
-    attention_inputs,
-    choose_attention,
-    register_attention,
-    sdpa_backend,
-)
-from lightning_qlora.modules.hardware import capabilities, peak_mib
+from ..hardware import capabilities, peak_mib
+from .attention import IMPLEMENTATION, attention_inputs, choose_attention, register_attention, sdpa_backend
 
-AttentionName = Literal["sdpa", "flex", "flash", "xformers"]
+#: What can be timed: an ``AttentionName`` other than ``"auto"``.
+TimedAttention = Literal["sdpa", "flex", "flash", "xformers"]
 
 
 def attentions_here(names: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Training steps on the same samples, padded or packed: what tells the cost of padding from everything else."""
+"""Training steps on the same samples, padded or packed: to compare them, and nothing but them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import itertools
 import math
 import random
 import re
-from pathlib import Path
 
-from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
-from lightning_qlora.modules.data.chat_template import tokenize_chats
-from lightning_qlora.modules.data.collators import ChatCollator, PackedCollator, join_samples
-from lightning_qlora.modules.data.packing import pack_samples
-from lightning_qlora.modules.data.samples import IGNORE_INDEX, Batch, PackedBatch, Sample
-from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
-from lightning_qlora.modules.models.families import load_config
+from transformers import PreTrainedTokenizerBase
+
+from .chat_template import tokenize_chats
+from .collators import ChatCollator, PackedCollator, join_samples
+from .packing import pack_samples
+from .samples import IGNORE_INDEX, Batch, PackedBatch, Sample
+from .stdlib_docs import stdlib_api_cards
 
 _BLANK: Sample = {"input_ids": [0], "labels": [IGNORE_INDEX]}
 
 
-def read_samples(directory: Path) -> list[Sample]:
-    """The demo data in a model's tokens; without a tokenizer in its directory, random tokens of about the same number.
+def demo_samples(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[Sample]:
+    """The demo data in a model's tokens; without a tokenizer, random tokens of about the same number.
 
-    Their number is then a fit to what SmolLM2's tokenizer and chat template make (R2 = 0.91).
+    That number is then a fit to what SmolLM2's tokenizer and chat template make (R2 = 0.91).
+
+    Args:
+        tokenizer: The model's; ``None`` for a model of random weights, which has none.
+        vocab_size: Random tokens are below this.
     """
     chats = stdlib_api_cards()
-    if (directory / "tokenizer_config.json").is_file():
-        return tokenize_chats(load_tokenizer(directory), chats, seq_len=2**20).samples
-    draw, vocab_size = random.Random(0), load_config(directory).vocab_size
+    if tokenizer is not None:
+        return tokenize_chats(tokenizer, chats, seq_len=2**20).samples
+    draw = random.Random(0)
     samples: list[Sample] = []
     for chat in chats:
         text = "\n".join(message["content"] for message in chat["messages"])

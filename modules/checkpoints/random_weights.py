@@ -1,4 +1,4 @@
-"""Llama checkpoints of named shapes with random weights: what a benchmark needs of a model, without downloading one.
+"""Llama checkpoints of named shapes with random weights, to measure training without downloading a model.
 
 The time and memory of a training step depend on shapes and formats alone. Weights are drawn so that activations keep
 their size from layer to layer, which makes losses finite (a little above log V) in 16 bits too.
@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
-from lightning_qlora.modules.checkpoints.resolve import resolve_model
+from .demo_model import DEMO_MODEL
+from .resolve import resolve_model
 
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
@@ -146,8 +146,8 @@ def checkpoint_of(name: str, directory: Path = CHECKPOINTS, quantized: bool = Tr
     return path
 
 
-def model_directory(model: str | None) -> Path:
-    """Where a recipe's ``--model`` is; without one the demo model, on a GPU random weights of Llama-3.2-1B's shape."""
+def model_or_random_weights(model: str | None) -> Path:
+    """The directory of ``model``; for ``None`` the demo model's, on a GPU random weights of Llama-3.2-1B's shape."""
     if model is None and torch.cuda.is_available():
         return checkpoint_of("llama-3.2-1b")
     return resolve_model(model or DEMO_MODEL)

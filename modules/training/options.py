@@ -1,0 +1,59 @@
+"""The flags of the optimization, and of the run around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..options import at_least
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """Optimization.
+
+    Args:
+        max_steps: Number of optimizer steps.
+        lr: Peak learning rate. It rises over the first 5 % of the steps, then decays to 0 on a cosine.
+        clip_norm: Gradients are scaled down to this global norm if theirs is larger. 0 means no clipping.
+        seed: Seed of adapter initialization, data order and dropout.
+
+    Raises:
+        ValueError: For values out of range.
+    """
+
+    max_steps: int = 30
+    lr: float = 3e-4
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(1, max_steps=self.max_steps)
+        at_least(0, seed=self.seed)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"--lr: learning_rate must be a positive finite number, got {self.lr}.")
+        if not self.clip_norm >= 0:
+            raise ValueError(f"--clip_norm must be 0 (no clipping) or larger, got {self.clip_norm}.")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return self.max_steps // 20
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """This run.
+
+    Args:
+        output_dir: Directory for report.json, adapter/ and checkpoints/. It must not hold another run.
+        resume: Continue from the latest checkpoint in output_dir.
+        prompt: Question to answer before and after training. Default: a held-out question of the data.
+        dry_run: Only print the predicted memory of each device; exit status 1 if a GPU has less.
+    """
+
+    output_dir: Path
+    resume: bool = False
+    prompt: str | None = None
+    dry_run: bool = False
