@@ -16,3 +16,7 @@ def __getattr__(name: str) -> Any:
     from . import nf4
 
     return getattr(nf4, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
