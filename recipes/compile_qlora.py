@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, RunReport
-from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
+from lightning_qlora.modules.attention import AttentionName, AttentionRequest, choose_attention
 from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
@@ -148,8 +148,11 @@ def main(
     check_devices(devices)
     precision = check_precision(precision)
     choose_attention(  # refuses what it cannot do, before anything long
-        attention, packed=False, sliding_window=sliding_window, dtype=compute_dtype(precision),
-        compute_capability=capabilities().compute_capability,
+        attention,
+        AttentionRequest(
+            windows=(sliding_window,), compute_capability=capabilities().compute_capability,
+            dtype=compute_dtype(precision),
+        ),
     )  # fmt: skip
     if run is None:
         uncompiled = ["off"] if precision == "32-true" else ["off", "float32"]

@@ -33,7 +33,7 @@ from lightning_qlora.callbacks import (
     StepCheckpoint,
     ThroughputReport,
 )
-from lightning_qlora.modules.attention.attention import AttentionName, choose_attention
+from lightning_qlora.modules.attention import AttentionName, AttentionRequest, choose_attention
 from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
@@ -146,8 +146,11 @@ def main(
     directory = resolve_model(model)
     config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
-        attention, packed=packing, sliding_window=sliding_window, compute_capability=device.compute_capability,
-        dtype=compute_dtype(precision), dropout=config.attention_dropout,
+        attention,
+        AttentionRequest(
+            packed=packing, windows=(sliding_window,), compute_capability=device.compute_capability,
+            dtype=compute_dtype(precision), dropout=config.attention_dropout,
+        ),
     )  # fmt: skip
     plan = plan_memory(Settings(
         config=config, lora=lora, batch_size=batch_size, seq_len=seq_len,

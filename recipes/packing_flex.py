@@ -22,16 +22,17 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import lightning.pytorch as L
 import torch
-from benchmarks.attention import AttentionName, attentions_here, measure_attention
+from benchmarks.attention import attentions_here, measure_attention
 from benchmarks.packed_steps import check_rows, draw_steps, packed_batches, padded_batches, read_samples, token_counts
 from benchmarks.shapes import model_directory
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
+from lightning_qlora.modules.attention import AttentionName
 from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.cli import positive, run_again, run_recipe
 from lightning_qlora.modules.distributed.strategies import build_strategy
@@ -117,7 +118,7 @@ def main(
             weights of Llama-3.2-1B's shape.
         lengths: Tokens of the rows to pack into, as in --lengths '[512,1024]'; default 1024, 2048, 4096 and 8192 on a
             GPU, 256 and 1024 on CPU.
-        attentions: What to measure, as in --attentions '[sdpa,flex]'; default all that run here.
+        attentions: What to measure, as in --attentions '[sdpa,flex]'; default all that run here but eager.
         tokens: Of a step's packed rows, their padding included; default 16384 on a GPU and 1024 on CPU.
         batch_size: Samples of a micro-batch in the second padded run.
         max_steps: Optimizer steps, of which a quarter are warm-up; default 16 on a GPU and 4 on CPU.
@@ -135,7 +136,7 @@ def main(
     positive(batch_size=batch_size, max_steps=max_steps)
     writable_directory(output_dir)
     precision = check_precision(precision)
-    usable, refused = attentions_here(attentions or get_args(AttentionName), compute_dtype(precision))
+    usable, refused = attentions_here(attentions, compute_dtype(precision))
     directory = model_directory(model)
     samples = read_samples(directory)
     check_rows(samples, lengths, tokens)

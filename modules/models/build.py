@@ -12,7 +12,8 @@ from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers import GenerationConfig
 
-from ..attention.attention import IMPLEMENTATION, register_attention
+from ..attention import IMPLEMENTATION, AttentionBackend, register_attention
+from ..attention.choice import find_backend
 from ..checkpoints.config import load_config
 from ..checkpoints.loading import LoadReport, check_weights, load_weights
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
@@ -29,7 +30,7 @@ def build_model(
     lora: LoraConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | AttentionBackend = "sdpa",
     sliding_window: int | None = None,
     checkpoint_activations: bool = False,
     offload_activations: bool = False,
@@ -43,7 +44,7 @@ def build_model(
         checkpoint: The base model (only headers are read here).
         lora: The adapters, on any of ``LLAMA_PROJECTIONS``.
         dtype: Of embeddings, norms and head.
-        attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose: a ``Backend`` or ``"eager"``.
+        attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose, or its name.
         sliding_window: How many tokens one sees, itself included; ``None`` for all before it.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
         offload_activations: Keep the inputs of recomputed layers in host memory.
@@ -54,11 +55,11 @@ def build_model(
     check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
     config = load_config(checkpoint.directory)
     register_attention()
-    config._attn_implementation = attention if attention == "eager" else IMPLEMENTATION
+    config._attn_implementation = IMPLEMENTATION
     config.attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
         model = QLoRALlamaForCausalLM(config)
-    model.attention_backend = None if attention == "eager" else attention
+    model.attention_backend = find_backend(attention)
     for parent_name, parent in list(model.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -68,6 +69,7 @@ def build_model(
                     setattr(parent, attribute, _projection(child, state, dtype))
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:
+        layer.self_attn.attention_window = sliding_window
         layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
     config = copy.copy(check_lora(lora))
     config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
-from ..attention.attention import attention_inputs
+from ..attention import AttentionBackend, attention_inputs
 from ..losses.head import LossHead
 from ..quantization.nf4_linear import keep_dtype
 from .compilation import CompileMode, compile_region
@@ -38,7 +38,7 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         self.model.norm = _FinalNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.model.rotary_emb = Float32RotaryEmbedding(config=config)
         self.is_compiled = False
-        self.attention_backend: str | None = None  # transformers' own, by name
+        self.attention_backend: AttentionBackend | None = None  # transformers' own, by name
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -78,7 +78,7 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
             use_cache = False
             prepared = attention_inputs(
                 self.attention_backend, shape=(given.shape[0], given.shape[1]), device=given.device,
-                document_lengths=document_lengths, sliding_window=self.config.attention_window,
+                document_lengths=document_lengths, windows=(self.config.attention_window,),
             )  # fmt: skip
             kwargs.update(prepared)
         else:
@@ -113,7 +113,7 @@ class QLoRALlamaForCausalLM(LlamaForCausalLM):
         if self.attention_backend is None:
             raise ValueError(
                 f"attention={self.config._attn_implementation!r} would let packed documents see each other. Build the "
-                "model with attention='sdpa' (or 'flex', 'flash', 'xformers')."
+                "model with an attention of this library, such as 'sdpa'."
             )
         if attention_mask is not None or past_key_values is not None:
             raise ValueError(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..attention.attention import AttentionName, check_attention, choose_attention
+from ..attention import AttentionBackend, AttentionName, AttentionRequest, check_attention, choose_attention
 from ..checkpoints.config import load_config
 from ..checkpoints.loading import LoadReport
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
@@ -77,8 +77,8 @@ class QLoRACausalLM(L.LightningModule):
         weight_decay: AdamW's, on the adapters.
         checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
         offload_activations: Keep what recomputation starts from in host memory; needs ``checkpoint_activations``.
-        attention: ``"auto"``, ``"sdpa"``, ``"flex"``, ``"flash"`` or ``"xformers"``, which all compute the same (see
-            :func:`~lightning_qlora.modules.attention.choose_attention`); ``"eager"`` is transformers' own.
+        attention: ``"auto"``, a name of :data:`~lightning_qlora.modules.attention.BACKENDS`, or a backend of your own;
+            all compute the same.
         sliding_window: A token sees this many, itself included; ``None`` for all before it.
         packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
         compile: Compile the model's parts with torch.compile (see ``QLoRALlamaForCausalLM.compile_regions``).
@@ -104,7 +104,7 @@ class QLoRACausalLM(L.LightningModule):
         weight_decay: float = 0.0,
         checkpoint_activations: bool = False,
         offload_activations: bool = False,
-        attention: AttentionName | Literal["eager"] = "auto",
+        attention: AttentionName | AttentionBackend = "auto",
         sliding_window: int | None = None,
         packing: bool = False,
         compile: CompileMode = "off",
@@ -168,17 +168,19 @@ class QLoRACausalLM(L.LightningModule):
             load_adapter(model, self.init_adapter, self.lora)
         self.model = model
 
-    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> AttentionBackend:
         """The backend, after having said which and why."""
         backend, reason = choose_attention(
             self.attention,
-            packed=self.packing,
-            sliding_window=self.sliding_window,
-            compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype=dtype,
-            dropout=dropout,
+            AttentionRequest(
+                packed=self.packing,
+                windows=(self.sliding_window,),
+                compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+                dtype=dtype,
+                dropout=dropout,
+            ),
         )
-        rank_zero_info(f"Attention: {backend}. {reason}")
+        rank_zero_info(f"Attention: {backend.name}. {reason}")
         return backend
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

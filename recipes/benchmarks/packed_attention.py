@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import get_args
 
 import torch
-from attention import AttentionName, attentions_here, measure_attention
+from attention import attentions_here, measure_attention
 from packed_steps import check_rows, draw_steps, packed_batches, read_samples
 from record import RESULTS, save_record
 from shapes import model_directory
 
+from lightning_qlora.modules.attention import AttentionName
 from lightning_qlora.modules.checkpoints.config import load_config
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.hardware import check_precision, compute_dtype
@@ -37,7 +37,7 @@ def main(
         model: Whose heads and tokens; default Llama-3.2-1B's shape on a GPU and the demo model on a CPU.
         lengths: Of rows; default 2048 and 8192 tokens on a GPU, 256 and 1024 on a CPU.
         tokens: Of all rows; default 16384 on a GPU and 1024 on a CPU.
-        attentions: What to measure; default all that run here.
+        attentions: What to measure; default all that run here but eager.
         results: Directory of the record.
         commit: Of the code measured; read from git unless given.
     """
@@ -46,7 +46,7 @@ def main(
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
     directory = model_directory(model)
     dtype = compute_dtype(check_precision("auto"))
-    backends, refused = attentions_here(attentions or get_args(AttentionName), dtype)
+    backends, refused = attentions_here(attentions, dtype)
     samples = read_samples(directory)
     check_rows(samples, lengths, tokens)
     steps = draw_steps(samples, lengths, tokens, 1)
