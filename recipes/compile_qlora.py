@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, RunReport
-from lightning_qlora.modules.attention.attention import choose_attention
+from lightning_qlora.modules.attention import AttentionRequest, choose_attention
 from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
 from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
 from lightning_qlora.modules.cli import Only, positive, run_again, run_recipe
@@ -144,8 +144,11 @@ def main(
     writable_directory(output_dir)
     strategy = strategy.check()
     choose_attention(  # refuses what it cannot do, before anything long
-        compute.attention, packed=False, sliding_window=compute.sliding_window, dtype=compute_dtype(strategy.precision),
-        compute_capability=capabilities().compute_capability,
+        compute.attention,
+        AttentionRequest(
+            windows=(compute.sliding_window,), compute_capability=capabilities().compute_capability,
+            dtype=compute_dtype(strategy.precision),
+        ),
     )  # fmt: skip
     if run is None:
         uncompiled = ["off"] if strategy.precision == "32-true" else ["off", "float32"]

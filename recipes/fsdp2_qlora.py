@@ -31,7 +31,7 @@ from lightning_qlora.callbacks import (
     StepCheckpoint,
     ThroughputReport,
 )
-from lightning_qlora.modules.attention.attention import choose_attention
+from lightning_qlora.modules.attention import choose_attention
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions, base_name
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import as_metadata, run_recipe
@@ -41,7 +41,7 @@ from lightning_qlora.modules.distributed.strategies import StrategyOptions, buil
 from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
 from lightning_qlora.modules.lora.config import LoraOptions
-from lightning_qlora.modules.models.families import load_config
+from lightning_qlora.modules.models.families import attention_request, load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
@@ -67,11 +67,13 @@ def main(
     config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
         compute.attention,
-        packed=batch.packing,
-        sliding_window=compute.sliding_window,
-        compute_capability=device.compute_capability,
-        dtype=compute_dtype(strategy.precision),
-        dropout=config.attention_dropout,
+        attention_request(
+            config,
+            packed=batch.packing,
+            sliding_window=compute.sliding_window,
+            compute_capability=device.compute_capability,
+            dtype=compute_dtype(strategy.precision),
+        ),
     )
     plan = plan_memory(
         Settings(

@@ -22,14 +22,15 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, median
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast
 
 import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_qlora.callbacks import CompileReport, MemoryReport, RunReport, ThroughputReport
-from lightning_qlora.modules.attention.timing import TimedAttention, attentions_here, measure_attention
+from lightning_qlora.modules.attention import AttentionName
+from lightning_qlora.modules.attention.timing import attentions_here, measure_attention
 from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
 from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
 from lightning_qlora.modules.cli import Only, positive, run_again, run_recipe
@@ -107,7 +108,7 @@ def save_plot(path: Path, rows: list[dict[str, Any]], lengths: list[int]) -> Non
 def main(
     model: str | None = None,
     lengths: list[int] | None = None,
-    attentions: list[TimedAttention] | None = None,
+    attentions: list[AttentionName] | None = None,
     tokens: int | None = None,
     batch_size: int = 4,
     max_steps: int | None = None,
@@ -143,7 +144,7 @@ def main(
     writable_directory(output_dir)
     strategy = strategy.check()
     dtype = compute_dtype(strategy.precision)
-    usable, refused = attentions_here(attentions or get_args(TimedAttention), dtype)
+    usable, refused = attentions_here(attentions, dtype)
     directory = model_or_random_weights(model)
     config = load_config(directory)
     samples = demo_samples(find_tokenizer(directory), config.vocab_size)

@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_qlora.modules.attention.attention import choose_attention
+from lightning_qlora.modules.attention import AttentionRequest, choose_attention
 from lightning_qlora.modules.hardware import capabilities
 from tests.distributed import RankPools
 
@@ -258,11 +258,11 @@ def needs_attention() -> Callable[[str, torch.dtype], None]:
             pytest.skip(f"{here.name} has no bf16 arithmetic")
         try:
             chosen, reason = choose_attention(
-                name, packed=True, sliding_window=None, compute_capability=here.compute_capability, dtype=dtype
+                name, AttentionRequest(packed=True, compute_capability=here.compute_capability, dtype=dtype)
             )
         except ValueError as error:
             pytest.skip(str(error))
-        if name != "sdpa" and chosen != name:
+        if name != "sdpa" and chosen.name != name:
             pytest.skip(reason)
 
     return check

@@ -23,6 +23,7 @@ APART = {"data", "cli"}
 # The strategy shards any model: what a model's 4-bit weights ask of a mixed precision policy, the model says.
 FORBIDDEN = {("distributed", "quantization")}
 
+
 def room(file: str) -> str:
     """The folder of a file; in `modules/` also a file that lies there by itself."""
     top, _, rest = file.partition(".")

@@ -52,19 +52,15 @@ class Documents(NamedTuple):
         places: [T], int64, on the device: where ``sdpa`` puts each token to pad documents; for other kernels [0].
         longest: [length of the longest document, 0]: no data, but torch.compile keeps a size variable, where it would
             compile again for another number.
-        window: W, or ``None``.
     """
 
     kernel: DocumentKernel
     boundaries: Tensor
     places: Tensor
     longest: Tensor
-    window: int | None
 
     @classmethod
-    def of(
-        cls, kernel: DocumentKernel, lengths: list[list[int]], window: int | None, device: torch.device
-    ) -> Documents:
+    def of(cls, kernel: DocumentKernel, lengths: list[list[int]], device: torch.device) -> Documents:
         """Describe rows with documents of ``lengths`` tokens. Nothing waits for the device."""
         flat = [length for row in lengths for length in row]
         boundaries = torch.tensor([0, *itertools.accumulate(flat)], dtype=torch.int32, device="cpu")
@@ -73,10 +69,21 @@ class Documents(NamedTuple):
         padded = kernel in ("sdpa", "sdpa_repeated_kv")
         places = torch.tensor(_layout(tuple(flat)).places if padded else [], dtype=torch.int64, device="cpu")
         longest = torch.empty(max(flat), 0, dtype=torch.int32, device="cpu")
-        return cls(kernel, boundaries, places.to(device, non_blocking=True), longest, window)
+        return cls(kernel, boundaries, places.to(device, non_blocking=True), longest)
 
 
-def document_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, scale: float) -> Tensor:
+def attend_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, window: int | None, scale: float
+) -> Tensor:
+    """:func:`document_attention` of rows: query [B, N, S, D], key and value [B, K, S, D] -> [B, S, N, D]."""
+    tokens = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    output = document_attention(*tokens, documents=documents, window=window, scale=scale)
+    return output.view(query.shape[0], query.shape[2], *output.shape[1:])
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, window: int | None, scale: float
+) -> Tensor:
     """Attention of all documents, differentiable, in a graph of torch.compile as one operator.
 
     Args:
@@ -84,12 +91,13 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, *, documents: 
         key: [T, K, D], same dtype.
         value: [T, K, D], same dtype.
         documents: Of these T tokens.
+        window: How many tokens of its document one sees, itself included; ``None`` for all before it.
         scale: Of the scores.
 
     Returns:
         [T, N, D].
     """
-    kernel, boundaries, places, longest, window = documents
+    kernel, boundaries, places, longest = documents
     if kernel == "flash":
         return _flash(query, key, value, boundaries, longest.shape[0], window, scale)
     if torch.compiler.is_compiling():  # how often the loop runs depends on data
@@ -127,7 +135,7 @@ def _xformers(
     return output[0]
 
 
-@functools.lru_cache(maxsize=2)  # one for all layers of a batch
+@functools.lru_cache(maxsize=4)  # one per window for all layers of a batch
 def _xformers_bias(lengths: tuple[int, ...], window: int | None, device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 

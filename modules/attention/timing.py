@@ -6,7 +6,7 @@ Shapes: B rows, S tokens a row, N heads of queries, K of keys and values, D head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -14,24 +14,31 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ..hardware import capabilities, peak_mib
-from .attention import IMPLEMENTATION, attention_inputs, choose_attention, register_attention, sdpa_backend
+from .backend import AttentionBackend, AttentionRequest
+from .choice import BACKENDS, choose_attention
+from .transformers_interface import IMPLEMENTATION, attention_inputs, register_attention
 
-#: What can be timed: an ``AttentionName`` other than ``"auto"``.
-TimedAttention = Literal["sdpa", "flex", "flash", "xformers"]
 
+def attentions_here(
+    names: Iterable[str] | None, dtype: torch.dtype
+) -> tuple[dict[str, AttentionBackend], dict[str, str]]:
+    """Which can compute packed rows of ``dtype`` here: the backend of those that can, the reason of the others.
 
-def attentions_here(names: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], dict[str, str]]:
-    """Which can compute packed rows of ``dtype`` here: the ``Backend`` of those that can, the reason of the others."""
+    Args:
+        names: Of ``BACKENDS``, or ``"auto"``; ``None`` for all that hold no S x S scores.
+        dtype: Of queries, keys and values.
+    """
+    if names is None:
+        names = [name for name, backend in BACKENDS.items() if not backend.holds_scores]
     usable, refused = {}, {}
-    capability = capabilities().compute_capability
+    request = AttentionRequest(packed=True, compute_capability=capabilities().compute_capability, dtype=dtype)
     for name in names:
         try:
-            backend, reason = choose_attention(
-                name, packed=True, sliding_window=None, compute_capability=capability, dtype=dtype
-            )
+            backend, reason = choose_attention(name, request)
         except ValueError as error:
-            backend, reason = "", str(error)
-        if backend.startswith(name):
+            refused[name] = str(error)
+            continue
+        if name in ("auto", backend.name) or backend is BACKENDS[name].form(request)[0]:
             usable[name] = backend
         else:
             refused[name] = reason
@@ -41,7 +48,7 @@ def attentions_here(names: Iterable[str], dtype: torch.dtype) -> tuple[dict[str,
 def measure_attention(
     config: LlamaConfig,
     document_lengths: list[list[int]],
-    backends: dict[str, str],
+    backends: dict[str, AttentionBackend],
     dtype: torch.dtype,
     *,
     seconds: float = 0.5,
@@ -51,7 +58,7 @@ def measure_attention(
     Args:
         config: Its numbers of heads and head dimension count.
         document_lengths: For each of B rows the lengths of its documents, which sum to S.
-        backends: What to measure on these documents: a ``Backend`` by the name in the result.
+        backends: What to measure on these documents: by the name in the result.
         dtype: Of queries, keys and values.
         seconds: How long to measure each.
 
@@ -74,12 +81,14 @@ def measure_attention(
     with torch.device("meta"):
         module = LlamaAttention(config, layer_idx=0)  # only asked for its attributes
     found: list[dict[str, Any]] = []
-    causal = sdpa_backend(capabilities().compute_capability, dtype)
-    cases: list[tuple[str, str, list[list[int]] | None]] = [("causal", causal, None)]
+    causal, _ = choose_attention(
+        "sdpa", AttentionRequest(compute_capability=capabilities().compute_capability, dtype=dtype)
+    )
+    cases: list[tuple[str, AttentionBackend, list[list[int]] | None]] = [("causal", causal, None)]
     cases += [(name, backend, document_lengths) for name, backend in backends.items()]
     for name, backend, lengths in cases:
 
-        def prepare(backend: str = backend, lengths: list[list[int]] | None = lengths) -> dict[str, Any]:
+        def prepare(backend: AttentionBackend = backend, lengths: list[list[int]] | None = lengths) -> dict[str, Any]:
             return attention_inputs(backend, shape=(rows, length), device=device, document_lengths=lengths)
 
         inputs = prepare()  # compiles what there is to compile

@@ -12,7 +12,8 @@ from peft.tuners import lora as peft_lora
 from torch import nn
 from transformers import GenerationConfig
 
-from ..attention.attention import IMPLEMENTATION, register_attention
+from ..attention import IMPLEMENTATION, AttentionBackend, register_attention
+from ..attention.choice import find_backend
 from ..checkpoints.loading import LoadReport, check_weights, load_weights
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..lora.config import check_lora, is_adapter, with_targets
@@ -29,7 +30,7 @@ def build_model(
     lora: LoraConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | AttentionBackend = "sdpa",
     sliding_window: int | None = None,
     checkpoint_activations: bool = False,
     offload_activations: bool = False,
@@ -43,7 +44,7 @@ def build_model(
         checkpoint: The base model (only headers are read here).
         lora: The adapters, on any of the family's projections; on all of them if ``target_modules`` is ``None``.
         dtype: Of embeddings, norms and head.
-        attention: Name of the attention backend, as ``choose_attention`` returned it.
+        attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose, or its name.
         sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
         checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
         offload_activations: Keep the inputs of recomputed layers in host memory.
@@ -60,7 +61,7 @@ def build_model(
     config.attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
         stock = family.model_class(config)
-    model = specialize(stock, family, attention=attention, windows=windows)
+    model = specialize(stock, family, attention=find_backend(attention), windows=windows)
     _quantize(model.model, checkpoint, dtype)
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:

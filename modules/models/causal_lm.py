@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..attention.attention import attention_inputs
+from ..attention import AttentionBackend, attention_inputs
 from ..lora.config import is_adapter
 from ..losses.head import LossHead
 from ..quantization.nf4_linear import keep_dtype
@@ -33,14 +33,14 @@ class QLoRAForCausalLM(nn.Module):
 
     Attributes:
         family: The model's row of the table.
-        attention_backend: What computes attention, by name; ``None`` for what transformers' configuration says.
+        attention_backend: What computes attention; ``None`` for what transformers' configuration says.
         windows: The distinct attention windows of its layers in tokens, ``None`` for full causal attention.
         is_compiled: Whether :meth:`compile_regions` was called.
     """
 
     config: PretrainedConfig
     family: Family
-    attention_backend: str | None
+    attention_backend: AttentionBackend | None
     windows: tuple[int | None, ...]
     is_compiled: bool
     model: Any  # transformers' decoder: embed_tokens, layers, norm, rotary_emb
@@ -206,7 +206,7 @@ def specialize(
     Args:
         model: A causal language model of ``family``, on the meta device.
         family: Its row of the table.
-        attention: Name of the attention backend; ``None`` leaves attention to transformers.
+        attention: What computes attention; ``None`` leaves it to transformers.
         windows: The attention window of each layer.
     """
     decoder: Any = model.model

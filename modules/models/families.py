@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..attention import AttentionRequest
 from ..checkpoints.config import read_config
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -146,3 +148,33 @@ def layer_windows(config: PretrainedConfig, sliding_window: int | None = None) -
             f"sliding_window of {own}, which the model was trained with. Leave sliding_window out."
         )
     return [sliding_window] * config.num_hidden_layers
+
+
+def attention_request(
+    config: PretrainedConfig,
+    *,
+    packed: bool,
+    sliding_window: int | None,
+    compute_capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> AttentionRequest:
+    """What a model needs of attention, for :func:`~lightning_qlora.modules.attention.choose_attention`.
+
+    Args:
+        config: The model's.
+        packed: Whether rows hold several documents.
+        sliding_window: As of :func:`layer_windows`.
+        compute_capability: Of the CUDA device, or ``None`` for the CPU.
+        dtype: Of queries, keys and values.
+
+    Raises:
+        ValueError: As :func:`layer_windows`.
+    """
+    return AttentionRequest(
+        packed=packed,
+        windows=tuple(dict.fromkeys(layer_windows(config, sliding_window))),
+        softcap=attention_softcap(config) is not None,
+        compute_capability=compute_capability,
+        dtype=dtype,
+        dropout=config.attention_dropout,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..attention.attention import AttentionName, check_attention
+from ..attention import AttentionName, check_attention
 from .activation_offload import check_offload
 from .compilation import CompileMode, check_compile_mode
 

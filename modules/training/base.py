@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..attention.attention import AttentionName, check_attention, choose_attention
+from ..attention import AttentionBackend, check_attention, choose_attention
 from ..checkpoints.loading import LoadReport
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..distributed.collectives import all_reduce_sum, gather_objects
@@ -36,7 +36,7 @@ from ..models.activation_offload import check_offload
 from ..models.build import build_model, materialize
 from ..models.causal_lm import QLoRAForCausalLM
 from ..models.compilation import CompileMode, check_compile_mode
-from ..models.families import family_of, head_dim, layer_windows, load_config
+from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
 from .optimizer import ShardAdamW, global_norm, gradients, scale_
 from .resume_identity import BaseIdentity
 
@@ -102,7 +102,7 @@ class QLoRAModule(L.LightningModule):
         weight_decay: float = 0.0,
         checkpoint_activations: bool = False,
         offload_activations: bool = False,
-        attention: AttentionName | Literal["eager"] = "auto",
+        attention: str | AttentionBackend = "auto",
         sliding_window: int | None = None,
         packing: bool = False,
         compile: CompileMode = "off",
@@ -128,7 +128,7 @@ class QLoRAModule(L.LightningModule):
         self.checkpoint_activations, self.offload_activations = checkpoint_activations, offload_activations
         self.weight_decay = weight_decay
         check_attention(attention, sliding_window)
-        self.windows = layer_windows(config, sliding_window)
+        layer_windows(config, sliding_window)  # refuses what does not go together
         self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
         self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
         self.init_adapter = None if init_adapter is None else Path(init_adapter)
@@ -153,7 +153,7 @@ class QLoRAModule(L.LightningModule):
         strategy = self.trainer.strategy
         dtype = compute_dtype(self.trainer.precision_plugin.precision)
         device, parameters_on = strategy.root_device, None
-        attention = self._attention(device, dtype, load_config(self.model_dir).attention_dropout)
+        attention = self._attention(device, dtype)
         model = build_model(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
             checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations,
@@ -168,17 +168,15 @@ class QLoRAModule(L.LightningModule):
             load_adapter(model, self.init_adapter, self.lora)
         self.model = model
 
-    def _attention(self, device: torch.device, dtype: torch.dtype, dropout: float) -> str:
+    def _attention(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """The backend, after having said which and why."""
-        backend, reason = choose_attention(
-            self.attention,
-            packed=self.packing,
-            sliding_window=self.sliding_window,
-            compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype=dtype,
-            dropout=dropout,
-        )
-        rank_zero_info(f"Attention: {backend}. {reason}")
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        request = attention_request(
+            load_config(self.model_dir), packed=self.packing, sliding_window=self.sliding_window,
+            compute_capability=capability, dtype=dtype,
+        )  # fmt: skip
+        backend, reason = choose_attention(self.attention, request)
+        rank_zero_info(f"Attention: {backend.name}. {reason}")
         return backend
 
     def adapt(self, model: QLoRAForCausalLM) -> None:

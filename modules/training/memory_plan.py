@@ -39,7 +39,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig
 
-from ..attention.attention import SDPA_REPEATED_KV, sdpa_backend
+from ..attention.sdpa import SDPA_REPEATED_KV, sdpa_backend
 from ..hardware import Precision, compute_dtype
 from ..losses.linear_loss import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 from ..models.activation_offload import check_offload
@@ -304,7 +304,7 @@ def _kept_bytes(s: Settings, layer: _Layer) -> int:
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     h, i, heads = int(c.hidden_size), int(c.intermediate_size), int(c.num_attention_heads)
     q, k = (layer[f"self_attn.{name}"].rows for name in ("q_proj", "k_proj"))
-    if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) == SDPA_REPEATED_KV:
+    if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) is SDPA_REPEATED_KV:
         k = q
     adapted = {name.rpartition(".")[2] for name, p in layer.items() if p.rank}
     norms = 2 * (4 * h + 4)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import get_args
 
 import torch
 from record import RESULTS, save_record
 
-from lightning_qlora.modules.attention.timing import TimedAttention, attentions_here, measure_attention
+from lightning_qlora.modules.attention import AttentionName
+from lightning_qlora.modules.attention.timing import attentions_here, measure_attention
 from lightning_qlora.modules.checkpoints.random_weights import model_or_random_weights
 from lightning_qlora.modules.checkpoints.tokenizer import find_tokenizer
 from lightning_qlora.modules.cli import run_recipe
@@ -28,7 +28,7 @@ def main(
     model: str | None = None,
     lengths: list[int] | None = None,
     tokens: int | None = None,
-    attentions: list[TimedAttention] | None = None,
+    attentions: list[AttentionName] | None = None,
     results: Path = RESULTS,
     commit: str | None = None,
 ) -> None:
@@ -48,7 +48,7 @@ def main(
     directory = model_or_random_weights(model)
     config = load_config(directory)
     dtype = compute_dtype(check_precision("auto"))
-    backends, refused = attentions_here(attentions or get_args(TimedAttention), dtype)
+    backends, refused = attentions_here(attentions, dtype)
     samples = demo_samples(find_tokenizer(directory), config.vocab_size)
     check_rows(samples, lengths, tokens)
     steps = draw_steps(samples, lengths, tokens, 1)

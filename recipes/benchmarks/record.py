@@ -6,6 +6,8 @@ the rows that the README shows. There, the lines between ``<!-- results: NAME --
 
     python recipes/benchmarks/record.py          # rewrite the README's tables
     python recipes/benchmarks/record.py --check  # fail if they are out of date
+
+Of one table there is no record: ``attention_matrix`` says what the attention backends support, as they say themselves.
 """
 
 from __future__ import annotations
@@ -67,9 +69,8 @@ def save_record(
 
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table with its origin underneath."""
-    lines = [_row(record["columns"]), _row(["---"] * len(record["columns"]))]
     shown = record.get("shown", range(len(record["rows"])))
-    lines += [_row(record["rows"][number]) for number in shown]
+    lines = _lines(record["columns"], [record["rows"][number] for number in shown])
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     origin = (
         f"{record['device']}; {versions}; commit {record['commit'][:9]}, {record['date']}. {record['notes']}".strip()
@@ -78,19 +79,27 @@ def table(record: dict[str, Any]) -> str:
 
 
 def render(text: str, directory: Path = RESULTS) -> str:
-    """``text`` with every generated block renewed from the records in ``directory``.
+    """``text`` with every generated block renewed, from the records in ``directory``.
 
     Raises:
         ValueError: If a block names a record that does not exist.
     """
 
     def block(match: re.Match[str]) -> str:
+        if match[2] == "attention_matrix":
+            from lightning_qlora.modules.attention.choice import attention_matrix  # takes seconds
+
+            return match[1] + "\n".join([*_lines(*attention_matrix()), ""]) + match[3]
         path = directory / f"{match[2]}.json"
         if not path.is_file():
             raise ValueError(f"The README shows results {match[2]!r}, but there is no {path}.")
         return match[1] + table(json.loads(path.read_text())) + match[3]
 
     return _BLOCK.sub(block, text)
+
+
+def _lines(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    return [_row(columns), _row(["---"] * len(columns)), *map(_row, rows)]
 
 
 def _row(cells: list[Any]) -> str:

@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_qlora.modules.attention.attention import (
+from lightning_qlora.modules.attention import (
     IMPLEMENTATION,
+    AttentionRequest,
     attention_inputs,
     choose_attention,
     register_attention,
-    sdpa_repeated_kv,
 )
+from lightning_qlora.modules.attention.sdpa import sdpa_repeated_kv
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
@@ -38,11 +39,11 @@ HALF, FULL = torch.float16, torch.float32
 
 
 def choose(name: str, capability: tuple[int, int] | None, dtype: torch.dtype = HALF, **options: Any) -> tuple[str, str]:
-    settings: dict[str, Any] = {"packed": False, "sliding_window": None, **options}
-    return choose_attention(name, compute_capability=capability, dtype=dtype, **settings)
+    backend, reason = choose_attention(name, AttentionRequest(compute_capability=capability, dtype=dtype, **options))
+    return backend.name, reason
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": True}, {"sliding_window": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"windows": (5,)}, {"windows": (None, 5)}], ids=str)
 @pytest.mark.parametrize(
     ("capability", "dtype", "plain", "masked"),
     [
@@ -59,7 +60,7 @@ def test_auto_takes_the_fastest_that_can(capability, dtype, plain, masked, optio
     assert ("repeated" in reason) == (backend == "sdpa_repeated_kv")
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": True, "sliding_window": 5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"packed": True, "windows": (5,)}], ids=str)
 def test_what_is_named_is_taken_where_it_runs(monkeypatch, options):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "xformers" else None)
     for name in ("sdpa", "flash", "flex", "xformers"):
@@ -67,24 +68,60 @@ def test_what_is_named_is_taken_where_it_runs(monkeypatch, options):
     assert choose("xformers", T4, **options)[0] == "xformers"
     backend, reason = choose("flex", T4, **options)
     assert backend == "sdpa_repeated_kv"
-    assert reason.startswith("In place of flex, for Triton has no tensor cores on a GPU of compute capability 7.5")
+    assert reason.startswith(
+        "In place of flex, which needs tensor cores in Triton (compute capability 8.0), but this is "
+    )
+    assert "a GPU of compute capability 7.5. " in reason
 
 
 @pytest.mark.parametrize(
     ("name", "capability", "dtype", "options", "message"),
     [
         ("fast", A100, HALF, {}, "attention must be one of 'auto', 'sdpa', 'flex', 'flash', 'xformers', 'eager', got"),
-        ("auto", A100, HALF, {"sliding_window": 0}, "sliding_window must be at least 1"),
+        ("auto", A100, HALF, {"windows": (0,)}, "sliding_window must be at least 1"),
         ("flash", T4, HALF, {}, "'flash' needs compute capability 8.0 and 16 bit, but this is a GPU of .* 7.5"),
         ("flash", A100, FULL, {}, "'flash' needs .* 8.0 with float32. Use attention='sdpa', or 'auto'"),
         ("flash", CPU, HALF, {}, "'flash' needs .* the CPU with float16"),
-        ("flex", CPU, FULL, {}, "'flex' needs a GPU, for torch's flex attention has no backward on the CPU"),
+        (
+            "flex",
+            CPU,
+            FULL,
+            {},
+            "'flex' needs a GPU, because .* no backward on the CPU. Use attention='sdpa', or 'auto'",
+        ),
         ("xformers", CPU, FULL, {}, "'xformers' needs a GPU"),
         ("xformers", T4, HALF, {}, r"pip install 'lightning-qlora\[xformers\]'"),
-        ("eager", A100, HALF, {"packed": True}, "'eager' knows neither .*, but packed rows is asked for"),
-        ("eager", A100, HALF, {"sliding_window": 2}, "'eager' knows neither .*, but a sliding window is asked for"),
-        ("auto", A100, HALF, {"packed": True, "dropout": 0.1}, "attention_dropout=0.1 cannot be had with packed rows"),
-        ("flash", A100, HALF, {"dropout": 0.1}, "attention_dropout=0.1 cannot be had with attention='flash'"),
+        (
+            "auto",
+            A100,
+            HALF,
+            {"packed": True, "dropout": 0.1},
+            "attention_dropout=0.1 is asked for with packed rows. Set",
+        ),
+        (
+            "sdpa",
+            CPU,
+            FULL,
+            {"windows": (3,), "dropout": 0.1},
+            "on plain rows only, but .*=0.1 .* with a sliding window",
+        ),
+        (
+            "flash",
+            A100,
+            HALF,
+            {"dropout": 0.1},
+            "'flash' has no .* sets attention_dropout=0.1. Use attention='sdpa', or",
+        ),
+        (
+            "sdpa",
+            A100,
+            HALF,
+            {"softcap": True},
+            "'sdpa' cannot cap scores: its kernels .* Use attention='flex', or 'auto'",
+        ),
+        ("flash", A100, HALF, {"softcap": True}, "'flash' cannot cap scores"),
+        ("sdpa", CPU, FULL, {"softcap": True}, "Use attention='eager', or 'auto'"),
+        ("flex", CPU, FULL, {"softcap": True}, "needs a GPU, because .* Use attention='eager', or 'auto'"),
     ],
 )
 def test_what_cannot_be_is_refused(monkeypatch, name, capability, dtype, options, message):
@@ -155,18 +192,21 @@ def test_dropout_is_applied():
 
 @pytest.mark.parametrize("name", ["softcap", "position_bias", "cache"])
 def test_what_it_cannot_do_is_refused(name):
-    with pytest.raises(ValueError, match=f"sdpa_repeated_kv knows no {name}. Build the model with"):
+    with pytest.raises(ValueError, match=f"sdpa_repeated_kv does not support {name}. Build the model with"):
         sdpa_repeated_kv(nn.Module(), *heads(4, 5, 5, 2), None, **{name: object()})
 
 
 # --------------------------------------------------------------------------------------------------------- in a model
 
-BACKENDS = ["sdpa", "sdpa_repeated_kv", "flex"]
+BACKENDS = ["sdpa", "sdpa_repeated_kv", "flex", "eager"]
 
 
-def load(directory: Path, attention: str, device: str = "cpu", **options: Any) -> QLoRAForCausalLM:
+def load(directory: Path, attention: Any, device: str = "cpu", **options: Any) -> QLoRAForCausalLM:
+    """``"stock"`` is transformers' own attention in plain products, to compare with."""
     checkpoint = SafetensorsCheckpoint(directory)
-    model = build_model(checkpoint, default_lora(4), attention=attention, **options)
+    model = build_model(checkpoint, default_lora(4), attention="sdpa" if attention == "stock" else attention, **options)
+    if attention == "stock":
+        model.config._attn_implementation, model.attention_backend = "eager", None
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     materialize(model, checkpoint, torch.device(device), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -216,7 +256,7 @@ PACKED = [packed([5, 1, 9], [8, 7]), packed([6, 6], [6, 6]), packed([1, 1, 18])]
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_logits_of_a_document_in_a_pack_are_those_alone(tiny_llama_dir, backend, window):
-    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "eager")
+    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "stock")
     for batch in PACKED:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs).logits.flatten(0, 1)
@@ -229,12 +269,12 @@ def test_logits_of_a_document_in_a_pack_are_those_alone(tiny_llama_dir, backend,
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-@pytest.mark.parametrize("backend", ["sdpa", "sdpa_repeated_kv"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_repeated_kv", "eager"])
 def test_loss_and_gradients_of_packed_rows_are_those_of_their_documents(
     tiny_llama_dir, backend, checkpoint_activations
 ):
     options = {"checkpoint_activations": checkpoint_activations}
-    model, plain = load(tiny_llama_dir, backend, **options).train(), load(tiny_llama_dir, "eager").train()
+    model, plain = load(tiny_llama_dir, backend, **options).train(), load(tiny_llama_dir, "stock").train()
     for batch in PACKED:
         model(**batch, num_items_in_batch=10).loss.backward()
         found = gradients(model)
@@ -248,7 +288,7 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_their_documents(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [None, 1, 3, 99])
 def test_loss_and_gradients_of_whole_rows_are_those_of_a_full_mask(tiny_llama_dir, backend, window):
-    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "eager")
+    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "stock")
     ids = token_ids(3, 20)
     results = []
     with torch.set_grad_enabled(backend != "flex"):  # torch's has no backward on the CPU
@@ -264,7 +304,7 @@ def test_loss_and_gradients_of_whole_rows_are_those_of_a_full_mask(tiny_llama_di
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_padding_mask_is_honoured(tiny_llama_dir, backend, window):
     """By SDPA, whatever the backend; so flash does it on a CPU."""
-    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "eager")
+    model, plain = load(tiny_llama_dir, backend, sliding_window=window), load(tiny_llama_dir, "stock")
     ids, mask = token_ids(3, 20), torch.ones(3, 20, dtype=torch.long)
     mask[0, :6] = mask[2, 15:] = 0
     full = full_mask(20, window).expand(3, -1, -1, -1).masked_fill(mask[:, None, None] == 0, -torch.inf)
@@ -285,7 +325,7 @@ def test_a_padding_mask_is_honoured(tiny_llama_dir, backend, window):
 @torch.no_grad()
 def test_generation_sees_what_training_did(tiny_llama_dir, backend, window, padded):
     model = load(tiny_llama_dir, backend, sliding_window=window).eval()
-    plain = load(tiny_llama_dir, "eager").eval()
+    plain = load(tiny_llama_dir, "stock").eval()
     ids, mask = token_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     if padded:
         mask[0, :4] = 0
@@ -408,7 +448,7 @@ def test_documents_go_with_no_mask_and_no_attention_of_transformers(tiny_llama_d
     with pytest.raises(ValueError, match="give no attention_mask and no cache"):
         load(tiny_llama_dir, "sdpa")(**batch, attention_mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match="'eager' would let packed documents see each other"):
-        load(tiny_llama_dir, "eager")(**batch)
+        load(tiny_llama_dir, "stock")(**batch)
 
 
 # ----------------------------------------------------------------------------------------------------------- on a GPU

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_qlora.modules.attention.attention import Blocks, _attention
+from lightning_qlora.modules.attention import attention_inputs
 from lightning_qlora.modules.attention.documents import DocumentKernel, Documents, _layout, document_attention
+from lightning_qlora.modules.attention.transformers_interface import attention as attention_of_layers
 from lightning_qlora.modules.autograd_in_operators import with_autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,9 +50,11 @@ def results(attention: Callable[..., Tensor], tensors: list[Tensor], *args: Any,
     return [output.detach(), *torch.autograd.grad(output, tensors, gradient)]
 
 
-def operator(query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, scale: float) -> Tensor:
+def operator(
+    query: Tensor, key: Tensor, value: Tensor, *, documents: Documents, window: int | None, scale: float
+) -> Tensor:
     """What is in a compiled graph."""
-    kernel, boundaries, places, _, window = documents
+    kernel, boundaries, places, _ = documents
     output: Tensor = torch.ops.lightning_qlora.document_attention(
         query, key, value, boundaries, places, window, scale, kernel
     )
@@ -68,8 +71,8 @@ def operator(query: Tensor, key: Tensor, value: Tensor, *, documents: Documents,
 def test_equals_all_scores_with_a_mask(lengths, window, kernel, attention):
     flat = [length for row in lengths for length in row]
     tensors = qkv(sum(flat))
-    documents = Documents.of(kernel, lengths, window, CPU)
-    found = results(attention, tensors, documents=documents, scale=SCALE)
+    documents = Documents.of(kernel, lengths, CPU)
+    found = results(attention, tensors, documents=documents, window=window, scale=SCALE)
     torch.testing.assert_close(found, results(reference, tensors, flat, window), rtol=1e-10, atol=1e-10)
 
 
@@ -77,14 +80,16 @@ def test_equals_all_scores_with_a_mask(lengths, window, kernel, attention):
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), window=st.none() | st.integers(1, 12))
 def test_equals_all_scores_for_any_documents(lengths, window):
     tensors = qkv(sum(lengths), heads=(6, 2))
-    found = results(document_attention, tensors, documents=Documents.of("sdpa", [lengths], window, CPU), scale=SCALE)
+    found = results(
+        document_attention, tensors, documents=Documents.of("sdpa", [lengths], CPU), window=window, scale=SCALE
+    )
     torch.testing.assert_close(found, results(reference, tensors, lengths, window), rtol=1e-10, atol=1e-10)
 
 
 def test_wrong_lengths_are_not_within_the_tolerance():
     tensors = qkv(9)
     for lengths in ([9], [4, 5], [5, 3, 1]):
-        found = document_attention(*tensors, documents=Documents.of("sdpa", [lengths], None, CPU), scale=SCALE)
+        found = document_attention(*tensors, documents=Documents.of("sdpa", [lengths], CPU), window=None, scale=SCALE)
         assert (found - reference(*tensors, [5, 4], None)).abs().max() > 1e-2
 
 
@@ -117,7 +122,7 @@ def test_many_documents_take_few_calls(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
     lengths = [62 + 7 * i % 95 for i in range(40)]
-    document_attention(*qkv(sum(lengths)), documents=Documents.of("sdpa", [lengths], None, CPU), scale=SCALE)
+    document_attention(*qkv(sum(lengths)), documents=Documents.of("sdpa", [lengths], CPU), window=None, scale=SCALE)
     assert len(calls) <= 4
     assert sum(rows for rows, *_ in calls) == 40
 
@@ -135,7 +140,7 @@ def test_documents_of_one_length_are_not_copied():
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_operators_are_what_they_say(window):
-    documents = Documents.of("sdpa", [[5, 1], [6]], window, CPU)
+    documents = Documents.of("sdpa", [[5, 1], [6]], CPU)
     tensors = qkv(12, dtype=torch.float32)
     settings = (documents.boundaries, documents.places, window, SCALE, "sdpa")
     torch.library.opcheck(torch.ops.lightning_qlora.document_attention.default, (*tensors, *settings))
@@ -166,10 +171,10 @@ def test_one_graph_takes_any_documents():
     compiled = torch.compile(document_attention, backend=count, fullgraph=True)
     for lengths in ([5, 1, 3], [2, 2], [40, 7], [1] * 8, [30], [3, 300], [6, 5, 4, 3, 2, 1], [100, 100]):
         tensors = qkv(sum(lengths))
-        documents = Documents.of("sdpa", [lengths], None, CPU)
+        documents = Documents.of("sdpa", [lengths], CPU)
         for tensor in (*tensors, documents.boundaries, documents.places, documents.longest):
             torch._dynamo.mark_dynamic(tensor, 0)
-        found = results(compiled, tensors, documents=documents, scale=SCALE)
+        found = results(compiled, tensors, documents=documents, window=None, scale=SCALE)
         torch.testing.assert_close(found, results(reference, tensors, lengths, None), rtol=1e-10, atol=1e-10)
     assert graphs == 1
 
@@ -178,12 +183,12 @@ def test_one_graph_takes_any_documents():
 @pytest.mark.usefixtures("_forget_graphs")
 def test_inductor_computes_the_same():
     def layer(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-        return document_attention(query * 2, key.sin(), value, documents=documents, scale=SCALE).cos()
+        return document_attention(query * 2, key.sin(), value, documents=documents, window=4, scale=SCALE).cos()
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for lengths in ([5, 1, 3], [20, 2]):
         tensors = qkv(sum(lengths))
-        documents = Documents.of("sdpa", [lengths], 4, CPU)
+        documents = Documents.of("sdpa", [lengths], CPU)
         found, expected = (results(each, tensors, documents) for each in (compiled, layer))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -226,9 +231,9 @@ def test_no_tensor_has_the_size_of_scores(window, kernel):
     """Not even those of one head and one document: 2 heads of 2 are the values of 1024 tokens, 1024^2 the scores."""
     length = 1024
     tensors = qkv(2 * length, heads=(2, 1), width=2)
-    documents = Documents.of(kernel, [[length, length]], window, CPU)
+    documents = Documents.of(kernel, [[length, length]], CPU)
     with Largest() as largest:
-        results(document_attention, tensors, documents=documents, scale=SCALE)
+        results(document_attention, tensors, documents=documents, window=window, scale=SCALE)
     assert 2 * length * 2 * 2 <= largest.elements <= 256 * (256 + 100)
     with Largest() as largest:
         results(reference, tensors, [length, length], window)
@@ -256,12 +261,16 @@ def test_kernels_of_a_gpu_are_within_noise_of_float32(needs_attention, kernel, w
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if kernel == "flex":
             rows = [each.unflatten(0, (2, 600)).transpose(1, 2) for each in (query, key, value)]
-            blocks = Blocks.of(lengths, window, (2, 600), device)
-            return _attention(torch.nn.Module(), *rows, None, scaling=SCALE, blocks=blocks)[0].flatten(0, 1)
-        documents = Documents.of(kernel, lengths, window, device)
-        found = document_attention(query, key, value, documents=documents, scale=SCALE)
+            inputs = attention_inputs(
+                "flex", shape=(2, 600), device=device, document_lengths=lengths, windows=(None, window)
+            )
+            layer = torch.nn.Module()
+            layer.attention_window = window
+            return attention_of_layers(layer, *rows, scaling=SCALE, **inputs)[0].flatten(0, 1)
+        documents = Documents.of(kernel, lengths, device)
+        found = document_attention(query, key, value, documents=documents, window=window, scale=SCALE)
         if kernel != "flash":
-            compiled = operator(query, key, value, documents=documents, scale=SCALE)
+            compiled = operator(query, key, value, documents=documents, window=window, scale=SCALE)
             torch.testing.assert_close(compiled, found, rtol=0, atol=0)
         return found
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_qlora.modules.attention.attention import sdpa_backend
+from lightning_qlora.modules.attention.sdpa import sdpa_backend
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.dtensor import local_tensor
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
