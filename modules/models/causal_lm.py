@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils import can_return_tuple
 
 from ..attention.attention import attention_inputs
-from ..losses.head import LossHead
+from ..losses import LossHead
 from ..quantization.nf4_linear import keep_dtype
 from .compilation import CompileMode, compile_region
 from .decoder_layer import QLoRALlamaDecoderLayer
