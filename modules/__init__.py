@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from .distributed import FSDP2Strategy, build_strategy
     from .export import merge_adapter
     from .lora import default_lora, save_adapter
-    from .losses.functional import cross_entropy
-    from .losses.linear_loss import linear_loss
+    from .losses import cross_entropy, linear_loss
     from .quantization import NF4Linear, quantize_linears
     from .training import QLoRACausalLM
 else:

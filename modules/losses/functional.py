@@ -1,5 +1,12 @@
 """Losses of logits as plain functions, one value a token, for :func:`~lightning_qlora.modules.losses.linear_loss`.
 
+To train with one, fix its settings and give it to the head (:class:`~lightning_qlora.modules.losses.LossHead`), or call
+``linear_loss`` with it::
+
+    head.loss = functools.partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)
+
+A loss of one's own is any function of the same form, ``loss(logits [C, V], labels [C], ...) -> [C]``.
+
 Each is written as the formula reads and differentiated by autograd. Logits are upcast to float32 inside; settings are
 keyword arguments, to be fixed with ``functools.partial``. Nothing here mixes tokens, except :func:`dpo`, which takes
 the log-probabilities that come out of :func:`token_log_probs`. A label outside [0, V) that is not ignored makes its
@@ -12,6 +19,8 @@ Shapes: C tokens of a chunk, V vocabulary, H a teacher's hidden size, P preferen
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +48,7 @@ def cross_entropy(
     """
     x = _upcast(logits)
     if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
+        x = _soft_capped(x, softcap)
     normalizer = _log_normalizer(x)
     loss = normalizer - _at(x, labels)
     if label_smoothing:
@@ -203,6 +212,30 @@ def dpo(
     margin = beta * (chosen - rejected)
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return loss, margin.detach()
+
+
+def of_scaled_logits(
+    logits: Tensor,
+    *targets: Tensor,
+    loss: Callable[..., Tensor | tuple[Tensor, ...]],
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """``loss`` of logits that are scaled, then capped, in float32, as some models do behind their head.
+
+    Args:
+        logits: [C, V].
+        targets: What ``loss`` gets besides.
+        loss: Any of the losses here, or one's own.
+        scale: Logits are multiplied by it (Granite: ``1 / logits_scaling``, Cohere: ``logit_scale``).
+        softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2: ``final_logit_softcapping``).
+    """
+    x = _upcast(logits) * scale
+    return loss(x if softcap is None else _soft_capped(x, softcap), *targets)
+
+
+def _soft_capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
 
 
 def _upcast(logits: Tensor) -> Tensor:

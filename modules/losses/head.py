@@ -1,92 +1,82 @@
-"""Linear projection and cross-entropy in one step, without ever holding the logits of all tokens.
-
-Shapes: H hidden size, V vocabulary.
-"""
+"""A language-model head that computes the loss itself, without holding the logits of all tokens."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import cross_entropy
-from .linear_loss import linear_loss
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    num_tokens: int | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    chunk_tokens: int | Literal["auto"] = "auto",
-) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels`` in chunks of tokens.
-
-    :func:`~.linear_loss.linear_loss` of :func:`~.functional.cross_entropy` over the labels that count, which it checks.
-    Tokens that are ignored are not projected.
-
-    Args:
-        hidden: [..., H], float16, bfloat16, float32 or float64.
-        weight: [V, H], cast to the dtype of ``hidden`` (or autocast's) if it differs.
-        labels: [...], int64 in [0, V) or ``ignore_index``.
-        bias: [V].
-        ignore_index: Label of tokens that do not count.
-        num_tokens: How many labels count, where the host knows. Otherwise it waits for the device to tell.
-        reduction: ``"mean"`` over the tokens that count (0 if there is none), ``"sum"``, or ``"none"``: values [...]
-            that are 0 where the label is ``ignore_index``.
-        chunk_tokens: Tokens a chunk, or ``"auto"``.
-
-    Returns:
-        The loss, float32 (float64 for float64).
-
-    Raises:
-        ValueError: As ``linear_loss``; if ``labels`` are not int64; and if one is neither in [0, V) nor
-            ``ignore_index`` or ``num_tokens`` is wrong, where that is known without waiting for the device. Where it
-            is not, the loss is NaN instead.
-    """
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be class indices of int64, got {labels.dtype}.")
-    return linear_loss(  # type: ignore[no-any-return]
-        hidden,
-        weight,
-        labels,
-        loss=cross_entropy,
-        bias=bias,
-        mask=labels != ignore_index,
-        num_tokens=num_tokens,
-        reduction=reduction,
-        chunk_tokens=chunk_tokens,
-        invalid=(labels < 0) | (labels >= weight.shape[0]),
-        invalid_reason="have a label outside [0, V) that is not ignore_index",
-    )
+from ._user_loss import Loss, name_of
+from .chunked import are_integers, checks_of_labels, linear_loss
+from .functional import cross_entropy, of_scaled_logits
 
 
 class LossHead(nn.Linear):
-    loss: object = None
-    logit_scale = 1.0
-    softcap: float | None = None
-
-    """A language-model head that returns logits, or, given labels, their loss without holding them.
+    """A linear layer H -> V that returns logits, or, given labels, the sum of their loss in chunks of tokens.
 
     Keeping both in one ``forward`` lets FSDP gather the weight [V, H] for either through its ordinary hooks.
+
+    Attributes, used only where labels are given, which may be set at any time:
+        loss: ``loss(logits [C, V], labels [C], *per_token [C, *])`` -> one value per token [C], or their sum []; see
+            :func:`~.chunked.linear_loss`. E.g. ``functools.partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)``.
+        logit_scale: Logits are multiplied by it, in float32 (Granite: ``1 / logits_scaling``).
+        softcap: Scaled logits become ``softcap * tanh(logits / softcap)``, in float32 (Gemma 2), if not ``None``.
     """
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, *, ignore_index: int = -100, num_tokens: int | None = None
-    ) -> Tensor:
-        """Logits [..., V], or with ``labels`` [...] the float32 *sum* of the cross-entropy over its tokens.
+    def __init__(
+        self,
+        *args: Any,
+        loss: Loss = cross_entropy,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss, self.logit_scale, self.softcap = loss, logit_scale, softcap
 
-        The other arguments are those of :func:`linear_cross_entropy`.
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *per_token: Tensor,
+        ignore_index: int = -100,
+        num_tokens: int | None = None,
+    ) -> Tensor:
+        """Logits [..., V], neither scaled nor capped; or with ``labels`` the float32 *sum* of the loss.
+
+        Args:
+            hidden: [..., H].
+            labels: [...], int64 in [0, V) or ``ignore_index``: those tokens do not count and are not projected. If the
+                loss takes something else (a teacher's logits [..., V]), all tokens count.
+            per_token: [..., *], what else the loss gets.
+            ignore_index: Label of tokens that do not count.
+            num_tokens: How many tokens count, where the host knows. Otherwise it waits for the device.
+
+        Raises:
+            ValueError: As :func:`~.chunked.linear_loss`, and :func:`~.chunked.linear_cross_entropy` for labels; if
+                ``logit_scale`` or ``softcap`` is not above 0; or if ``loss`` returns a tuple.
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
-        return linear_cross_entropy(
-            hidden, self.weight, labels, bias=self.bias, ignore_index=ignore_index, num_tokens=num_tokens,
-            reduction="sum",
+        loss, options = self.loss, {}
+        if are_integers(labels, hidden.shape[:-1]) or cross_entropy in (loss, getattr(loss, "func", None)):
+            options = checks_of_labels(labels, self.weight.shape[0], ignore_index)
+        if self.logit_scale != 1.0 or self.softcap is not None:
+            if not self.logit_scale > 0 or (self.softcap is not None and not self.softcap > 0):
+                raise ValueError(
+                    f"logit_scale ({self.logit_scale}) and softcap ({self.softcap}) of a LossHead must be above 0; "
+                    "softcap=None caps nothing."
+                )
+            loss = functools.partial(of_scaled_logits, loss=loss, scale=self.logit_scale, softcap=self.softcap)
+        value = linear_loss(
+            hidden, self.weight, labels, *per_token, loss=loss, bias=self.bias, num_tokens=num_tokens, reduction="sum",
+            **options,
         )  # fmt: skip
+        if isinstance(value, tuple):
+            raise ValueError(
+                f"loss {name_of(self.loss)} returned a tuple, but a LossHead trains on one result. Return the loss "
+                "alone (lambda *inputs: loss(*inputs)[0]), or call linear_loss, which returns all results."
+            )
+        return value  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 
 from ..attention import AttentionBackend, attention_inputs
 from ..lora.config import is_adapter
-from ..losses.head import LossHead
+from ..losses import LossHead
 from ..quantization.nf4_linear import keep_dtype
 from .compilation import CompileMode, compile_region
 from .decoder_layer import CheckpointedLayer
@@ -199,7 +199,7 @@ def _mixed(mixin: type, cls: type) -> Any:
 
 
 def specialize(
-    model: PreTrainedModel, family: Family, *, attention: str, windows: list[int | None]
+    model: PreTrainedModel, family: Family, *, attention: AttentionBackend | None, windows: list[int | None]
 ) -> QLoRAForCausalLM:
     """Give a model of transformers the mixins of this module, in place, and a :class:`LossHead` for its head.
 
@@ -216,9 +216,11 @@ def specialize(
     decoder.norm.__class__ = _mixed(_FlatNorm, type(decoder.norm))
     decoder.rotary_emb.__class__ = _mixed(_Float32Buffers, type(decoder.rotary_emb))
     with torch.device("meta"):
-        head = LossHead(model.config.hidden_size, model.config.vocab_size, bias=False)
+        head = LossHead(
+            model.config.hidden_size, model.config.vocab_size, bias=False,
+            logit_scale=family.logit_scale(model.config), softcap=family.logit_softcap(model.config),
+        )  # fmt: skip
     head.weight = decoder.embed_tokens.weight if model.config.tie_word_embeddings else model.lm_head.weight
-    head.logit_scale, head.softcap = family.logit_scale(model.config), family.logit_softcap(model.config)
     model.lm_head = head
     model.__class__ = _mixed(QLoRAForCausalLM, type(model))
     assert isinstance(model, QLoRAForCausalLM)

@@ -41,7 +41,7 @@ from transformers import LlamaConfig
 
 from ..attention.sdpa import SDPA_REPEATED_KV, sdpa_backend
 from ..hardware import Precision, compute_dtype
-from ..losses.linear_loss import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
+from ..losses.chunked import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 from ..models.activation_offload import check_offload
 
 GIB = 2**30

@@ -25,7 +25,7 @@ from record import RESULTS, save_record
 from torch import Tensor
 
 from lightning_qlora.modules.losses import functional as losses
-from lightning_qlora.modules.losses.linear_loss import linear_loss
+from lightning_qlora.modules.losses import linear_loss
 
 TOKENS, VOCAB, SEQUENCES = 8192, 128256, 8
 COLUMNS = [

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_qlora.modules.losses import functional as losses
-from lightning_qlora.modules.losses.linear_loss import linear_loss
+from lightning_qlora.modules.losses import linear_loss
 
 T, H, V = 30, 8, 40
 DOUBLE = torch.float64

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.modules.losses.head import LossHead, linear_cross_entropy
+from lightning_qlora.modules.losses import LossHead, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

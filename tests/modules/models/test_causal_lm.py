@@ -23,7 +23,7 @@ from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsChe
 from lightning_qlora.modules.lora.config import check_lora, default_lora
 from lightning_qlora.modules.lora.initialization import init_lora
 from lightning_qlora.modules.lora.linear import LoraLinear
-from lightning_qlora.modules.losses.head import linear_cross_entropy
+from lightning_qlora.modules.losses import linear_cross_entropy
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.families import load_config

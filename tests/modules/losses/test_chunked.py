@@ -6,6 +6,7 @@ Shapes: T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import weakref
@@ -23,12 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qlora.modules.losses import _gradient as loss_gradient
+from lightning_qlora.modules.losses import _user_loss, linear_loss
 from lightning_qlora.modules.losses import functional as losses
-from lightning_qlora.modules.losses._chunks import add_product_in_slices
-from lightning_qlora.modules.losses._gradient import Settings
-from lightning_qlora.modules.losses._operators import plan_number
-from lightning_qlora.modules.losses.linear_loss import CHUNK_BUDGET_BYTES, auto_chunk_tokens, linear_loss
+from lightning_qlora.modules.losses._loop import add_product_in_slices, plan_number
+from lightning_qlora.modules.losses._user_loss import Settings
+from lightning_qlora.modules.losses.chunked import CHUNK_BUDGET_BYTES, auto_chunk_tokens
 
 DOUBLE = torch.float64
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -621,13 +621,13 @@ def test_what_is_remembered_of_a_loss_keeps_no_tensor() -> None:
 
 
 def test_settings_that_never_stay_the_same_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_gradient, "_PROBED", {})
-    monkeypatch.setattr(loss_gradient, "_MOST_PROBED", 4)
+    monkeypatch.setattr(_user_loss, "_PROBED", {})
+    monkeypatch.setattr(_user_loss, "_MOST_PROBED", 4)
     hidden, weight, _, labels = make()
     for count in range(7):
         loss = functools.partial(losses.cross_entropy, label_smoothing=count)
         assert linear_loss(hidden, weight, labels, loss=loss).isfinite()
-    assert len(loss_gradient._PROBED) == 4
+    assert len(_user_loss._PROBED) == 4
 
 
 def test_a_function_that_encloses_itself_is_no_endless_loop() -> None:
@@ -692,16 +692,15 @@ def two_losses_per_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 def test_works_where_compilation_is_disabled() -> None:
     script = (
-        "import torch; from lightning_qlora.modules.losses import functional as losses, linear_loss as l\n"
+        "import torch; from lightning_qlora.modules.losses import functional as losses, linear_loss\n"
         "h = torch.randn(9, 4, requires_grad=True)\n"
         "y = torch.zeros(9, dtype=torch.long)\n"
         "for c in (None, True):\n"
-        "    l.linear_loss(h, torch.randn(5, 4), y, loss=losses.cross_entropy, compile_loss=c).backward()\n"
+        "    linear_loss(h, torch.randn(5, 4), y, loss=losses.cross_entropy, compile_loss=c).backward()\n"
         "print(float(h.grad.norm()) > 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={"TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True, check=False
-    )
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
