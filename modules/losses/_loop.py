@@ -51,11 +51,8 @@ class Outcome(NamedTuple):
 def run_chunks(plan: Plan, inputs: Inputs, cotangents: Sequence[Tensor], wanted: Wanted) -> Outcome:
     """Go through all tokens.
 
-    Args:
-        plan: Loss and settings.
-        inputs: The tensors.
-        cotangents: Upstream gradients [] or [T] of the differentiable results; if empty, ``gradient_scale`` for each.
-        wanted: Which gradients to compute. Without any, the loss is not differentiated.
+    ``cotangents`` are upstream gradients [] or [T] of the differentiable results; if empty, ``gradient_scale`` for
+    each. If no gradient is ``wanted``, the loss is not differentiated.
     """
     settings = plan.settings
     hidden, dtype = inputs.hidden.detach(), settings.dtype
@@ -77,10 +74,10 @@ def run_chunks(plan: Plan, inputs: Inputs, cotangents: Sequence[Tensor], wanted:
             else:
                 torch.addmm(bias, x, weight.t(), out=logits)
 
-            weights: Sequence[Tensor | float] | None = None
+            weights: tuple[Tensor | float, ...] | None = None
             if any(wanted):
-                weights = [_take(c, rows) if c.ndim else c for c in cotangents]
-                weights = weights or [settings.gradient_scale] * sum(plan.returns.differentiable)
+                weights = tuple([_take(c, rows) if c.ndim else c for c in cotangents])
+                weights = weights or (settings.gradient_scale,) * sum(plan.returns.differentiable)
             values = loss_of_chunk(plan, logits, [_take(tensor, rows) for tensor in inputs.per_token], weights)
             for result, value in zip(results, values, strict=True):
                 if value.ndim:
@@ -290,12 +287,10 @@ def _refuse_tensors() -> None:
 def plan_number(
     loss: Loss, settings: tuple[Any, ...], tensors: tuple[tuple[str, torch.dtype, str, tuple[int, ...], bool], ...] = ()
 ) -> int:
-    """The number of a plan, while an outer graph is traced.
+    """The number of the plan of a loss that encloses no tensors, while an outer graph is traced.
 
-    Args:
-        loss: A function, or a partial of one, that encloses no tensors.
-        settings: The fields of :class:`Settings`. As a plain tuple, because Dynamo evaluates no named one.
-        tensors: Name, dtype, device, shape and ``requires_grad`` of tensors that ``loss`` gets as keyword arguments.
+    ``settings`` are the fields of :class:`Settings`, as a plain tuple, because Dynamo evaluates no named one.
+    ``tensors`` are name, dtype, device, shape and ``requires_grad`` of those that the loss gets as keyword arguments.
 
     Raises:
         ValueError: As ``make_plan``; and if ``loss`` may change without the graph noticing.

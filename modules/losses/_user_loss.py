@@ -60,17 +60,13 @@ class Plan(NamedTuple):
 def loss_of_chunk(
     plan: Plan, logits: Tensor, per_token: Sequence[Tensor], cotangents: Sequence[Tensor | float] | None = None
 ) -> tuple[Tensor, ...]:
-    """Results of the loss. With ``cotangents``, ``logits`` are overwritten with the gradient.
+    """Results of the loss for ``logits`` [C, V] and the chunk's ``per_token`` tensors [C, *].
+
+    With ``cotangents`` (for each differentiable result a scalar, or for a result [C] also a tensor [C]), ``logits`` are
+    overwritten with the gradient of the sum of cotangents times results.
 
     Compiled if the plan says so, except under a dispatch mode, which wants to see every operation, and for a single
     row, to which Dynamo would specialize the graph.
-
-    Args:
-        plan: With the loss.
-        logits: [C, V], in the dtype of the matrix products.
-        per_token: What else the loss gets, each [C, *].
-        cotangents: For each differentiable result a scalar, or for a result [C] also a tensor [C]. The gradient is that
-            of the sum of cotangents times results.
 
     Raises:
         ValueError: If the loss no longer returns what it returned when it was probed.
@@ -99,17 +95,18 @@ def _results(loss: Loss, logits: Tensor, per_token: Sequence[Tensor]) -> tuple[T
     return results if isinstance(results, tuple) else (results,)
 
 
-def _as_probed(results: Sequence[Tensor], returns: Returns) -> bool:
-    """Whether the loss returns as many results, per token or not, as when probed. loss_of_chunk refuses others."""
-    return [result.ndim == 1 for result in results] == list(returns.per_token)
-
-
 def _weighted_sum(
-    results: Sequence[Tensor], differentiable: Sequence[bool], cotangents: Sequence[Tensor | float]
-) -> Tensor:
-    wanted = [result for result, is_wanted in zip(results, differentiable, strict=True) if is_wanted]
-    terms = [(result * weight).sum() for result, weight in zip(wanted, cotangents, strict=True)]
-    return functools.reduce(torch.add, terms)
+    loss: Loss, logits: Tensor, per_token: Sequence[Tensor], returns: Returns, cotangents: Sequence[Tensor | float]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The sum of cotangents times differentiable results; and all results, detached."""
+    results = _results(loss, logits, per_token)
+    if [result.ndim == 1 for result in results] == list(returns.per_token):
+        wanted = [result for result, is_wanted in zip(results, returns.differentiable, strict=True) if is_wanted]
+        terms = [(result * weight).sum() for result, weight in zip(wanted, cotangents, strict=True)]
+        total = functools.reduce(torch.add, terms)
+    else:  # not as probed: loss_of_chunk() refuses the results
+        total = logits.sum()
+    return total, tuple(result.detach() for result in results)
 
 
 def _differentiate(
@@ -117,13 +114,10 @@ def _differentiate(
 ) -> tuple[Tensor, ...]:
     x = logits.detach().requires_grad_()
     with torch.enable_grad():
-        results = _results(loss, x, per_token)
-        if not _as_probed(results, returns):
-            return results
-        total = _weighted_sum(results, returns.differentiable, cotangents)
+        total, results = _weighted_sum(loss, x, per_token, returns, cotangents)
     (gradient,) = torch.autograd.grad(total, x)
     logits.copy_(gradient)
-    return tuple(result.detach() for result in results)
+    return results
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
@@ -152,10 +146,7 @@ def _differentiate_fusable(
     """:func:`_differentiate` in a form that Dynamo traces into one graph."""
 
     def weighted(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        results = _results(loss, x, per_token)
-        fits = _as_probed(results, returns)
-        total = _weighted_sum(results, returns.differentiable, cotangents) if fits else x.sum()
-        return total, tuple(result.detach() for result in results)
+        return _weighted_sum(loss, x, per_token, returns, cotangents)
 
     results: tuple[Tensor, ...]
     with _FusableGather():
@@ -220,11 +211,7 @@ def make_plan(loss: Loss, settings: Settings) -> Plan:
 
 @torch.no_grad()
 def _probe(loss: Loss, settings: Settings) -> tuple[Returns, str | None]:
-    """Call ``loss`` on two made-up tokens, together and apart.
-
-    Returns:
-        Which results are per token and which differentiable; and the tensor besides the logits that requires a
-        gradient of the loss, described, or ``None``.
+    """What ``loss`` returns for two made-up tokens, together and apart; and what else than logits would get a gradient.
 
     Raises:
         ValueError: For results of a wrong type or shape, or that differ between the two calls.
@@ -302,39 +289,32 @@ _NOT_FOLLOWED = (*_SETTINGS, float, Tensor, list, set, type, types.ModuleType, t
 def _program(loss: Loss, *, settings: bool = False) -> Any:
     """What identifies a loss's program: its code, and that of the functions which it encloses.
 
-    Args:
-        loss: The loss.
-        settings: Also by which settings it runs: each None, bool, int, string and dtype that it encloses, and which
-            tensors require a gradient. Never floats and values of tensors, which schedules change.
+    With ``settings`` also by which settings it runs: each None, bool, int, string and dtype that it encloses, and which
+    tensors require a gradient. Never floats and values of tensors, which schedules change.
     """
-    return tuple([(name, _identity(part, settings)) for name, part in _enclosed(loss, settings)])
 
+    def identity(value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return value.__code__
+        if isinstance(value, types.BuiltinFunctionType):
+            return (value.__name__, type(value.__self__))
+        if settings and isinstance(value, _SETTINGS):
+            return (type(value), value)
+        if settings and isinstance(value, Tensor):
+            return (type(value), value.requires_grad)
+        return value if settings and isinstance(value, type) else type(value)
 
-def _identity(value: Any, settings: bool) -> Any:
-    if isinstance(value, types.FunctionType):
-        return value.__code__
-    if isinstance(value, types.BuiltinFunctionType):
-        return (value.__name__, type(value.__self__))
-    if settings and isinstance(value, _SETTINGS):
-        return (type(value), value)
-    if settings and isinstance(value, Tensor):
-        return (type(value), value.requires_grad)
-    return value if settings and isinstance(value, type) else type(value)
+    return tuple([(name, identity(part)) for name, part in _enclosed(loss, settings)])
 
 
 def _enclosed(
     value: Any, states: bool = True, objects: int = 2, name: str = "loss", outer: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """``value`` and all that it encloses, each with the expression that leads there.
+    """``value`` (a loss) and all that it encloses, each with the expression that leads there.
 
-    Args:
-        value: A loss, or something that it encloses. Arguments of partials, defaults and closures are followed; lists
-            are not, because losses log to them.
-        states: Whether tuples, dicts and the state of objects are followed too.
-        objects: How many objects within one another are followed: a module and its own modules, but of an object that a
-            function encloses only its own state, because it may be a whole model.
-        name: Of ``value``.
-        outer: The values that enclose this one, by id.
+    Arguments of partials, defaults and closures are followed; with ``states`` also tuples, dicts and the state of
+    ``objects`` objects within one another: a module and its own modules, but of an object that a function encloses only
+    its own state, because it may be a whole model. Lists are not followed, because losses log to them.
     """
     yield name, value
     inside: dict[str, Any] = {}

@@ -223,14 +223,14 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     chunk_tokens: int | Literal["auto"] = "auto",
 ) -> Tensor:
-    """:func:`linear_loss` of :func:`~.functional.cross_entropy`; arguments are explained there.
+    """:func:`linear_loss` of :func:`~.functional.cross_entropy`, which explains the arguments that are not listed here.
 
     Args:
         hidden: [..., H].
         weight: [V, H].
-        labels: [...], int64 in [0, V) or ``ignore_index``.
+        labels: [...], int64 in [0, V) or ``ignore_index``: tokens that are not projected; the mean is over the others.
         bias: [V].
-        ignore_index: Label of tokens that do not count: they are not projected, and the mean is over the others.
+        ignore_index: Label of tokens that do not count.
         num_tokens: How many labels count, where the host knows. Otherwise it waits for the device.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         chunk_tokens: Tokens per chunk, or ``"auto"``.

@@ -944,6 +944,86 @@ def test_a_per_token_tensor_that_requires_a_gradient_is_refused() -> None:
         assert linear_loss(hidden, weight, teacher, loss=losses.kl_divergence) > 0
 
 
+class Tempered(torch.nn.Module):
+    """Cross-entropy with a temperature that is meant to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.cross_entropy(logits / self.temperature, labels)
+
+
+def tempered(logits: Tensor, labels: Tensor, *, temperature: Any) -> Tensor:
+    return losses.cross_entropy(logits / temperature, labels)
+
+
+TRAINED = torch.ones((), requires_grad=True)
+
+
+def tempered_by_a_global(logits: Tensor, labels: Tensor) -> Tensor:
+    return tempered(logits, labels, temperature=TRAINED)
+
+
+def tempered_by_a_closure(temperature: Any) -> Callable[..., Tensor]:
+    return lambda logits, labels: tempered(logits, labels, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("loss", "place"),
+    [
+        (functools.partial(tempered, temperature=TRAINED), r"loss\.keywords\['temperature'\]"),
+        (functools.partial(tempered, temperature=TRAINED.exp()), r"loss\.keywords\['temperature'\]"),
+        (tempered_by_a_closure(TRAINED), "loss's closure variable temperature"),
+        (Tempered(), r"loss\.temperature"),
+        (Tempered().forward, r"loss\.__self__\.temperature"),
+        (Weighted("sum", TRAINED), r"loss\.weight"),
+        (tempered_by_a_global, "a global, a list or the like"),
+    ],
+)
+def test_a_trained_tensor_inside_a_loss_is_refused_by_where_it_is(loss: Any, place: str) -> None:
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    with torch.no_grad():  # evaluation wants no gradient, and is remembered
+        assert linear_loss(hidden, weight, labels, loss=loss).isfinite()
+    message = rf"requires a gradient, but gets none here: torch\.float32 \(\), found at {place}\. Only hidden, weight"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            linear_loss(hidden, weight, labels, loss=loss)
+
+
+def test_a_tensor_inside_a_loss_that_begins_to_be_trained_is_seen() -> None:
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    loss = Tempered().requires_grad_(False)
+    assert linear_loss(hidden, weight, labels, loss=loss).isfinite()
+    loss.requires_grad_()
+    with pytest.raises(ValueError, match=r"found at loss\.temperature"):
+        linear_loss(hidden, weight, labels, loss=loss)
+
+
+def test_a_trained_tensor_that_a_loss_detaches_or_does_not_use_is_none_of_its_business() -> None:
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    head, teacher = torch.randn(15, 4, requires_grad=True), torch.randn(20, 4)
+    detached = functools.partial(losses.kl_divergence_from_hidden, teacher_weight=head)
+    assert linear_loss(hidden, weight, teacher, loss=detached).isfinite()
+    unused = Weighted("sum")
+    unused.other = head  # type: ignore[attr-defined]
+    assert linear_loss(hidden, weight, labels, loss=unused).isfinite()
+
+
+def test_inside_torch_compile_a_trained_tensor_inside_a_loss_is_refused() -> None:
+    torch.compiler.reset()
+    hidden, weight, _, labels = make(dtype=torch.float32)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for temperature in (TRAINED.detach(), TRAINED):
+        loss = functools.partial(tempered, temperature=temperature)
+        if temperature.requires_grad:
+            with pytest.raises(Exception, match=r"found at loss\.keywords\['temperature'\]"):
+                compiled(hidden, weight, labels, loss)
+        else:
+            torch.testing.assert_close(compiled(hidden, weight, labels, loss), step(hidden, weight, labels, loss))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

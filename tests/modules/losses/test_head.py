@@ -3,6 +3,7 @@
 Shapes: T tokens, H hidden size, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_qlora.modules.losses import LossHead, linear_cross_entropy
+from lightning_qlora.modules.losses import LossHead, cross_entropy, focal, grpo, kl_divergence, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,6 +245,111 @@ def test_the_head_gives_logits_or_the_sum_of_their_loss(bias):
     )
 
 
+def test_by_default_the_head_is_linear_cross_entropy_to_the_last_bit():
+    hidden, weight, labels = make(40, 8, 30, torch.bfloat16)
+    head = LossHead(8, 30, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    ours = gradients(lambda h, _, y: head(h, y), hidden, weight, labels)[:2]
+    theirs = gradients(linear_cross_entropy, hidden, weight, labels, reduction="sum")
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.equal(head.weight.grad, theirs[2])
+
+
+smoothed = functools.partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum, by torch, which refuses labels outside the vocabulary."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, smoothed, focal, summed])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.125, None), (1.0, 2.0), (3.0, 2.0)])
+def test_any_loss_of_scaled_and_capped_logits(loss, scale, softcap):
+    hidden, _, labels = make(12, 8, 30)
+    head = LossHead(8, 30, loss=loss, logit_scale=scale, softcap=softcap)
+    logits = head(hidden)
+    assert torch.equal(logits, F.linear(hidden, head.weight, head.bias))  # as they are
+    final = scale * logits
+    final = final if softcap is None else softcap * torch.tanh(final / softcap)
+    counts = labels != -100
+    expected = loss(final[counts], labels[counts]).sum()
+    value = head(hidden.view(3, 4, 8), labels.view(3, 4), num_tokens=int(counts.sum()))
+    torch.testing.assert_close(value, expected)
+    parameters = list(head.parameters())
+    truth = torch.autograd.grad(expected, parameters)
+    torch.testing.assert_close(torch.autograd.grad(value, parameters), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_and_cap_are_applied_in_float32():
+    hidden, _, labels = make(50, 16, 40, torch.bfloat16)
+    head = LossHead(16, 40, bias=False, dtype=torch.bfloat16, logit_scale=8.0, softcap=3.0)
+    logits = 8.0 * F.linear(hidden, head.weight).float()
+    torch.testing.assert_close(head(hidden, labels), summed(3.0 * torch.tanh(logits / 3.0), labels), rtol=1e-6, atol=0)
+
+
+def test_a_head_with_a_scale_probes_its_loss_once():
+    hidden, _, labels = make(12, 8, 30)
+    calls = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return cross_entropy(logits, labels)
+
+    head = LossHead(8, 30, loss=loss, logit_scale=0.5)
+    for scale in (0.5, 0.25):  # of a schedule
+        head.logit_scale = scale
+        head(hidden, labels)
+    counted = int((labels != -100).sum())
+    assert calls == [2, 1, 1, counted, counted]
+
+
+def test_the_head_passes_more_tensors_on_and_losses_without_labels_count_every_token():
+    hidden, _, labels = make(12, 8, 30)
+    weights = torch.rand(12)
+    head = LossHead(8, 30, loss=lambda logits, labels, weights: weights * cross_entropy(logits, labels))
+    counts = labels != -100
+    expected = (weights[counts] * cross_entropy(head(hidden)[counts], labels[counts])).sum()
+    torch.testing.assert_close(head(hidden, labels, weights), expected)
+    head.loss = kl_divergence
+    teacher = torch.randn(12, 30)
+    torch.testing.assert_close(head(hidden, teacher), kl_divergence(head(hidden), teacher).sum())
+    with pytest.raises(ValueError, match="num_tokens is how many tokens count"):
+        head(hidden, teacher, num_tokens=12)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, smoothed, focal])
+def test_the_head_names_labels_outside_the_vocabulary_for_every_loss(loss):
+    head = LossHead(8, 30, loss=loss)
+    with pytest.raises(ValueError, match=r"1 token\(s\) have a label outside \[0, V\) .*, the first at position 1"):
+        head(torch.zeros(3, 8), torch.tensor([-100, 30, 4]))
+    with pytest.raises(ValueError, match=r"labels must be class indices of int64, got torch\.int32"):
+        head(torch.zeros(3, 8), torch.zeros(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, smoothed])
+def test_the_head_wants_class_indices_for_cross_entropy(loss):
+    with pytest.raises(ValueError, match=r"labels must be class indices of int64, got torch\.float32"):
+        LossHead(8, 30, loss=loss)(torch.zeros(3, 8), torch.zeros(3))
+
+
+def test_a_head_trains_on_one_result():
+    hidden, _, labels = make(12, 8, 30)
+    more = [torch.rand(12) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"loss grpo returned a tuple, but a LossHead trains on one result"):
+        LossHead(8, 30, loss=grpo)(hidden, labels, *more)
+    assert LossHead(8, 30, loss=lambda *inputs: grpo(*inputs)[0])(hidden, labels, *more).isfinite()
+
+
+@pytest.mark.parametrize("wrong", [{"logit_scale": 0.0}, {"softcap": 0.0}, {"softcap": -1.0}, {"logit_scale": -1.0}])
+def test_scales_and_caps_that_make_no_sense_are_refused(wrong):
+    hidden, _, labels = make(12, 8, 30)
+    with pytest.raises(ValueError, match=r"logit_scale \(.*\) and softcap \(.*\) of a LossHead must be above 0"):
+        LossHead(8, 30, **wrong)(hidden, labels)
+
+
 @pytest.mark.usefixtures("one_process_group")
 def test_fsdp_gathers_the_heads_weight_for_its_loss_and_nowhere_else():
     hidden, weight, labels = make(12, 8, 30)
@@ -261,10 +367,13 @@ def test_fsdp_gathers_the_heads_weight_for_its_loss_and_nowhere_else():
     torch.testing.assert_close(head.weight.grad.full_tensor(), truth)
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)])  # None: the second count makes it a variable
-def test_a_compiled_head_is_one_graph_over_all_lengths(dynamic, graphs):
+@pytest.mark.parametrize(
+    ("dynamic", "graphs", "options"),
+    [(True, 1, {}), (None, 2, {}), (None, 2, {"loss": smoothed, "logit_scale": 0.5, "softcap": 4.0})],
+)  # None: the second count makes it a variable
+def test_a_compiled_head_is_one_graph_over_all_lengths(dynamic, graphs, options):
     torch.compiler.reset()
-    counter, heads = CompileCounter(), [LossHead(8, 30) for _ in range(3)]
+    counter, heads = CompileCounter(), [LossHead(8, 30, **options) for _ in range(3)]
     for head, backend in zip(heads[1:], (counter, "aot_eager"), strict=True):
         head.load_state_dict(heads[0].state_dict())
         head.compile(fullgraph=True, backend=backend, dynamic=dynamic)
