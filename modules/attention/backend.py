@@ -107,7 +107,7 @@ class AttentionBackend(abc.ABC):
         up to ``", but"``. Subclasses name what they lack themselves and leave soft caps and dropout to this method.
         """
         if request.softcap and not self.caps_scores:
-            return "cannot cap scores: its kernels take only a scale and a mask"
+            return "cannot cap scores, because its kernels take only a scale and a mask"
         if request.dropout and not self.drops_out:
             return f"has no attention dropout, but the model's config.json sets attention_dropout={request.dropout}"
         return None

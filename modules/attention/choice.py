@@ -140,7 +140,7 @@ def attention_matrix() -> tuple[list[str], list[list[str]]]:
         "sliding window": dataclasses.replace(gpu, windows=(None, 4096)),
         "soft caps": dataclasses.replace(gpu, softcap=True),
         "dropout on plain rows": dataclasses.replace(gpu, dropout=0.1),
-        "T4": AttentionRequest(compute_capability=(7, 5), dtype=torch.float16),
+        "T4 (float16)": AttentionRequest(compute_capability=(7, 5), dtype=torch.float16),
         "float32": dataclasses.replace(gpu, dtype=torch.float32),
         "CPU": AttentionRequest(),
     }
@@ -157,4 +157,4 @@ def _cell(backend: AttentionBackend, request: AttentionRequest) -> str:
         return "yes"
     if backend.gives_way(request):
         return f"`{_candidates(request)[0].name}` instead, announced"
-    return f"no: {reason.partition(', but ')[0]}"
+    return f"no ({reason.partition(', but ')[0]})"

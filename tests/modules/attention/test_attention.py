@@ -117,7 +117,7 @@ def test_what_is_named_is_taken_where_it_runs(monkeypatch, options):
             A100,
             HALF,
             {"softcap": True},
-            "'sdpa' cannot cap scores: its kernels .* Use attention='flex', or 'auto'",
+            "'sdpa' cannot cap scores, because .* Use attention='flex', or 'auto'",
         ),
         ("flash", A100, HALF, {"softcap": True}, "'flash' cannot cap scores"),
         ("sdpa", CPU, FULL, {"softcap": True}, "Use attention='eager', or 'auto'"),
