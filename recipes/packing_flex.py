@@ -7,8 +7,9 @@ Every run trains on the same samples in the same steps, so all losses must agree
 as the longest of its micro-batch: all samples of a step in one, which fills a GPU as packing does, and a few at a time.
 Packed, they fill rows of each sequence length. Samples are the demo data's, of 62 to 156 tokens, 86 on average. Speed
 counts their tokens, not the padding. Each run is a process of its own, named by the samples of a micro-batch if padded,
-else by attention and tokens of a row. Then one layer's attention by itself, forward and backward: causal over whole
-rows, and with documents kept apart. Writes report.json and comparison.png to --output_dir.
+else by attention and tokens of a row; --compile adds a run with rows of eight lengths, which must not compile often.
+Then one layer's attention by itself, forward and backward: causal over whole rows, and with documents kept apart.
+Writes report.json and comparison.png to --output_dir.
 
 On 2 idle CPU cores, SmolLM2-135M-Instruct: 200 seconds, 1.9 GiB; packing trains 1.3 times as many tokens/s, and losses
 agree to 7e-7 (relative). On an H200, Llama-3.2-1B's shape: 188 padded rows, 35 % of them padding, 26,400 tokens/s in
@@ -133,8 +134,7 @@ def main(
         backend: Backend of torch.compile.
         output_dir: Directory for the reports.
         run: Do only this run of those that output_dir is for (what this recipe calls itself with).
-        lora, strategy, compute: Groups of flags. --compile adds a run with rows of eight lengths, which must not
-            compile often.
+        lora, strategy, compute: Groups of flags; activations are always checkpointed.
     """
     on_gpu = torch.cuda.is_available()
     lengths = sorted(lengths or ([1024, 2048, 4096, 8192] if on_gpu else [256, 1024]))

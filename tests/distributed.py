@@ -37,6 +37,15 @@ def groups(world_size: int) -> list[Any]:
     return [(world_size, "cpu"), pytest.param(world_size, "cuda", marks=marks)]
 
 
+def build(name: Any, precision: str = "32-true", **options: Any) -> Any:
+    """``build_strategy`` with the fields of its groups of options, which the caller need not tell apart."""
+    from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
+    from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
+
+    saving = {key: options.pop(key) for key in ("sharded_checkpoints", "async_save") if key in options}
+    return build_strategy(StrategyOptions(name, precision=precision, **options), CheckpointOptions(**saving))
+
+
 class RankPools:
     """One group of worker processes for each number of ranks and kind of device, started when first needed."""
 

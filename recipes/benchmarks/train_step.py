@@ -88,7 +88,7 @@ def main(
         seq_len: Tokens per sample. Default: 2048 on a GPU, 32 on CPU.
         memory_cap_gib: The most that PyTorch may reserve on each GPU: a T4 has about 14.5.
         steps: Measured steps.
-        warmup: Steps before them.
+        warmup: Warm-up steps before the measured ones.
         profile: Also write where the GPU's time goes in one more step, next to the results.
         peer: Measure this in place of lightning-qlora. A peer has none of --strategy, --offload,
             --reshard_after_forward, --prefetch, --offload_activations and --compile.

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
-from lightning_qlora.modules.cli import as_metadata, positive, run_again, run_recipe
+from lightning_qlora.modules.cli import Only, as_metadata, flags_of, group_flags, positive, run_again, run_recipe
 
 CALLS: list[dict[str, object]] = []
 
@@ -131,6 +132,158 @@ def test_the_status_is_the_recipes_and_a_users_mistake_is_one_message(capsys, mo
         run_recipe(recipe, ["--steps", "-1"])
 
 
+# --------------------------------------------------------------------------------------------------- groups of flags
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Small adapters.
+
+    Args:
+        rank: Their rank.
+        alpha: Their scale, 100 % of it.
+        start: Where they come from.
+        trained: Whether they learn.
+    """
+
+    rank: int = 8
+    alpha: int | None = None
+    start: Path | None = None
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        positive(rank=self.rank)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Output of the run.
+
+    Args:
+        output_dir: Where files go.
+        html: Whether to write a page.
+    """
+
+    output_dir: Path
+    html: bool = False
+
+
+GROUPS: list[tuple[Adapters, Output, int]] = []
+
+
+def grouped(
+    output: Output,
+    adapters: Annotated[Adapters, Only("alpha", "rank", "trained")] = Adapters(rank=4, start=Path("here")),
+    steps: int = 3,
+) -> None:
+    """Train.
+
+    Args:
+        output: A group.
+        adapters: A group.
+        steps: How many.
+    """
+    GROUPS.append((adapters, output, steps))
+
+
+def got(*args: str) -> tuple[Adapters, Output, int]:
+    GROUPS.clear()
+    assert run_recipe(grouped, ["--output_dir=out", *args]) == 0
+    (call,) = GROUPS
+    return call
+
+
+def test_groups_are_flat_flags_with_the_defaults_of_the_signature(tmp_path):
+    default = Adapters(4, None, Path("here"))
+    assert got() == (default, Output(Path("out")), 3)
+    assert got("--rank=5", "--html", "--trained=false") == (
+        Adapters(5, None, Path("here"), trained=False),
+        Output(Path("out"), html=True),
+        3,
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text("alpha: 9\nhtml: true\nsteps: 2\n")
+    assert got(f"--config={config}", "--steps=1") == (Adapters(4, 9, Path("here")), Output(Path("out"), True), 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rank=many"], "rank"),
+        (["--start=there"], "start"),  # not among Only's
+        (["--adapters.rank=3"], "adapters.rank"),
+        ([], "output_dir"),  # has no default
+    ],
+)
+def test_wrong_flags_of_groups_end_before_the_recipe_begins(args, message, capsys):
+    GROUPS.clear()
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(grouped, args if "output_dir" in message else ["--output_dir=out", *args])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not GROUPS
+
+
+def test_a_groups_own_check_is_one_message(capsys, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_QLORA_TRACEBACK", raising=False)
+    assert run_recipe(grouped, ["--output_dir=out", "--rank=0"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("error: --rank must be at least 1, got 0.\n")
+    assert "Traceback" not in error
+
+
+def test_help_shows_each_flag_once_under_the_title_of_its_group(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run_recipe(grouped, ["--help"])
+    text = capsys.readouterr().out
+    own, groups = text.split("\nOutput of the run:\n")
+    output, adapters = groups.split("\nSmall adapters:\n")
+    assert "How many. (type: int, default: 3)" in own
+    assert "Where files go. (required" in output
+    assert "Whether to write a page. (type: bool, default: False)" in output
+    assert "Their rank. (type: int, default: 4)" in adapters
+    assert "Their scale, 100 % of it. (type: int | null, default: null)" in adapters
+    assert "--start" not in text
+    for name in ("output_dir", "html", "rank", "alpha", "trained", "steps"):
+        assert len(re.findall(rf"^  --{name}\b", text, re.MULTILINE)) == 1
+
+
+def test_a_recipe_can_be_called_with_flags_by_name():
+    assert group_flags(grouped, {"output_dir": Path("a"), "alpha": 2, "steps": 5}) == {
+        "output": Output(Path("a")),
+        "adapters": Adapters(4, 2, Path("here")),
+        "steps": 5,
+    }
+    with pytest.raises(TypeError, match=r"has no flags \['start'\]"):
+        group_flags(grouped, {"output_dir": Path("a"), "start": Path("b")})
+    with pytest.raises(ValueError, match="--rank must be at least 1"):
+        group_flags(grouped, {"output_dir": Path("a"), "rank": 0})
+
+
+def test_flags_say_what_they_are():
+    flags = {flag.name: flag for flag in flags_of(grouped)}
+    assert [*flags] == ["output_dir", "html", "rank", "alpha", "trained", "steps"]
+    assert (flags["output_dir"].default, flags["rank"].default, flags["steps"].title) == (MISSING, 4, None)
+
+    def twice(adapters: Adapters, rank: int = 3) -> None: ...
+
+    def unknown(adapters: Annotated[Adapters, Only("size")]) -> None: ...
+
+    with pytest.raises(TypeError, match=r"has the flags \['rank'\] more than once"):
+        flags_of(twice)
+    with pytest.raises(TypeError, match=r"Adapters has no fields \['size'\]"):
+        flags_of(unknown)
+
+
+def test_groups_become_flat_metadata():
+    flags = {"adapters": Adapters(start=Path("here")), "steps": 3}
+    assert as_metadata(flags) == {"rank": 8, "alpha": None, "start": "here", "trained": True, "steps": 3}
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, own):
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -190,7 +343,7 @@ import lightning_qlora
 names = [m.name for m in pkgutil.walk_packages(lightning_qlora.__path__, "lightning_qlora.")]
 for package in ("kernels", "modules", "callbacks"):
     parent = importlib.import_module(f"lightning_qlora.{package}")
-    names += [f"{parent.__name__}.{m.name}" for m in pkgutil.iter_modules(parent.__path__)]
+    names += [m.name for m in pkgutil.walk_packages(parent.__path__, f"{parent.__name__}.")]
 for name in names:
     importlib.import_module(name)
 assert len(names) >= 15, names

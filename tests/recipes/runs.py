@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_qlora.callbacks.report import Report, load_report
+from lightning_qlora.modules.cli import group_flags
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -42,6 +43,11 @@ def recipe_module(name: str) -> ModuleType:
     finally:
         sys.path.remove(str(RECIPES))
     return module
+
+
+def call(recipe: ModuleType, **flags: Any) -> Any:
+    """``recipe.main`` with flags by name, whatever group they are in."""
+    return recipe.main(**group_flags(recipe.main, flags))
 
 
 def arguments(flags: Mapping[str, object]) -> list[str]:

@@ -1,10 +1,8 @@
-"""Random checkpoints for benchmarks, and the training benchmark from its command line on the tiny shape."""
+"""The benchmarks: the training step from its command line on the tiny shape, and what the others record."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import os
 import subprocess
 import sys
@@ -14,15 +12,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
-from lightning_qlora.modules.lora.config import default_lora
-from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
+from lightning_qlora.modules.checkpoints.random_weights import SHAPES, write_random_checkpoint
+from lightning_qlora.modules.cli import flags_of
+from tests.recipes.runs import call
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -36,95 +31,12 @@ def scripts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def shapes(scripts: None) -> ModuleType:
-    return import_module("shapes")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds tiny-4bit and tiny-bf16."""
     directory = tmp_path_factory.mktemp("checkpoints")
     for name, quantized in (("tiny-4bit", True), ("tiny-bf16", False)):
-        shapes.write_random_checkpoint(directory / name, shapes.SHAPES["tiny"], quantized=quantized)
+        write_random_checkpoint(directory / name, SHAPES["tiny"], quantized=quantized)
     return directory
-
-
-# --- checkpoints
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    # As on the models' cards, and for 32B without the biases that a Llama lacks.
-    [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("qwen2.5-32b", 32_763_876_352 - 458_752)],
-)
-def test_named_shapes_have_the_size_of_their_models(shapes, name, parameters):
-    with torch.device("meta"):
-        model = transformers_llama(shapes.SHAPES[name].config())
-    assert model.num_parameters() == parameters
-    layer = model.model.layers[0]
-    assert shapes.SHAPES[name].projections() == {
-        n: tuple(m.weight.shape) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)
-    }
-
-
-def transformers_llama(config: Any) -> Any:
-    return import_module("transformers").LlamaForCausalLM(config)
-
-
-def test_a_4bit_checkpoint_is_what_bitsandbytes_reads(checkpoints, stock_4bit_llama):
-    directory = checkpoints / "tiny-4bit"
-    stock = stock_4bit_llama(directory)
-    model = build_model(SafetensorsCheckpoint(directory), default_lora(2))
-    materialize(model, SafetensorsCheckpoint(directory), torch.device("cpu"), seed=0)
-    ours = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
-    theirs = {n: m for n, m in stock.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    assert ours.keys() == theirs.keys()
-    assert len(ours) == 14
-    for name, layer in theirs.items():
-        state = layer.weight.quant_state
-        expected = bnb.functional.dequantize_4bit(layer.weight.data, state)
-        torch.testing.assert_close(ours[name].dequantize(torch.bfloat16), expected, rtol=0, atol=0)
-        scale = ours[name].dequantize().std() * layer.in_features**0.5
-        assert 0.9 < scale < 1.1
-
-
-@pytest.mark.parametrize("name", ["tiny-4bit", "tiny-bf16"])
-def test_activations_keep_their_size_and_losses_are_near_chance(checkpoints, name):
-    checkpoint = SafetensorsCheckpoint(checkpoints / name)
-    model = build_model(checkpoint, default_lora(2))
-    materialize(model, checkpoint, torch.device("cpu"), seed=0)
-    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(0))
-    loss = model(input_ids=ids, labels=ids).loss
-    assert math.log(300) < loss < math.log(300) + 1
-
-
-def test_seeds_tell_checkpoints_apart(shapes, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        shapes.write_random_checkpoint(tmp_path / name, shapes.SHAPES["tiny"], seed=seed)
-    a, b, c = (load_file(tmp_path / name / "model-00001-of-00003.safetensors") for name in "abc")
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(a[name], b[name])
-    assert not torch.equal(a[name], c[name])
-
-
-def test_an_existing_directory_is_left_alone(shapes, tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="there exists already"):
-        shapes.write_random_checkpoint(tmp_path / "there", shapes.SHAPES["tiny"])
-
-
-def test_a_write_that_fails_leaves_nothing_behind(shapes, tmp_path, monkeypatch):
-    written = []
-
-    def save(tensors: dict[str, torch.Tensor], path: Path, **_: Any) -> None:
-        written.append(path)
-        if len(written) == 2:
-            raise OSError("disk full")
-
-    monkeypatch.setattr(shapes, "save_file", save)
-    with pytest.raises(OSError, match="disk full"):
-        shapes.write_random_checkpoint(tmp_path / "model", shapes.SHAPES["tiny"])
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- train_step.py
@@ -195,9 +107,9 @@ def train_step(scripts: None) -> ModuleType:
     return import_module("train_step")
 
 
-def test_every_shape_can_be_asked_for(train_step, shapes):
+def test_every_shape_can_be_asked_for(train_step):
     choices = next(choice for choice in get_args(get_type_hints(train_step.main)["shape"]) if choice is not type(None))
-    assert set(get_args(choices)) == set(shapes.SHAPES)
+    assert set(get_args(choices)) == set(SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +130,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        train_step.main(shape="tiny", checkpoints=tmp_path, results=tmp_path, **flags)
+        call(train_step, shape="tiny", checkpoints=tmp_path, results=tmp_path, **flags)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_of_other_sizes_is_refused(train_step, shapes, tmp_path):
-    shapes.write_random_checkpoint(tmp_path / "llama-3.2-1b-4bit", shapes.SHAPES["tiny"])
-    with pytest.raises(ValueError, match=r"holds a model of other sizes than LlamaShape\(num_hidden_layers=16"):
-        train_step.checkpoint_of("llama-3.2-1b", tmp_path, True)
 
 
 def test_the_device_is_busy_once_where_kernels_overlap(train_step, monkeypatch):
@@ -324,8 +230,8 @@ def test_a_run_is_told_all_that_its_row_says(scripts, monkeypatch):
     monkeypatch.setattr(t4_memory.subprocess, "run", fails)
     assert t4_memory.measure(t4_memory.Configuration("tiny", offload=True), "32-true", capped=True) is None
     assert {"--batch_size=1", "--seq_len=2048", "--lora_r=64", "--strategy=fsdp2", "--offload=true"} <= {*commands[0]}
-    known = inspect.signature(import_module("train_step").main).parameters
-    assert {flag.removeprefix("--").partition("=")[0] for flag in commands[0][2:]} <= {*known}
+    known = {flag.name for flag in flags_of(import_module("train_step").main)}
+    assert {flag.removeprefix("--").partition("=")[0] for flag in commands[0][2:]} <= known
 
 
 def test_attention_by_itself_is_recorded(scripts, tiny_llama_dir, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.runs import RECIPES, recipe_module
+from tests.recipes.runs import RECIPES, call, recipe_module
 
 RECIPE = RECIPES / "compile_qlora.py"
 FLAGS: dict[str, Any] = {"backend": "aot_eager_decomp_partition", "seq_len": 20, "lora_r": 4, "max_steps": 8}
@@ -63,10 +63,10 @@ def test_16_bits_are_judged_by_their_distance_from_float32(
         assert flag == "--run"
         caches.add(TORCHINDUCTOR_CACHE_DIR)
         torch._dynamo.reset()  # a process of its own would have compiled nothing yet
-        return recipe.main(**flags, run=run)
+        return call(recipe, **flags, run=run)
 
     monkeypatch.setattr(recipe, "run_again", run_here)
-    assert recipe.main(**flags) == 0
+    assert call(recipe, **flags) == 0
     assert len(caches) == 3  # each run compiles anew
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["precision"] == "bf16-mixed"
@@ -106,13 +106,13 @@ def test_attention_and_window_are_those_asked_for(recipe: ModuleType, tiny_llama
     flags = FLAGS | {"model": str(tiny_llama_dir), "run": "off"}
     for window in (5, 1000):
         given = {"attention": "sdpa", "sliding_window": window, "output_dir": tmp_path / str(window)}
-        assert recipe.main(**flags, **given) == 0
+        assert call(recipe, **flags, **given) == 0
     narrow, wide = (json.loads((tmp_path / f"{w}/off/report.json").read_text())["losses"] for w in (5, 1000))
     assert abs(narrow[0] - wide[0]) > 1e-3
     with pytest.raises(ValueError, match="attention='flex' needs a GPU"):
-        recipe.main(**flags, attention="flex", output_dir=tmp_path / "flex")
+        call(recipe, **flags, attention="flex", output_dir=tmp_path / "flex")
 
 
 def test_samples_too_short_to_cut_are_refused(recipe: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--seq_len must be at least 10"):
-        recipe.main(seq_len=9, output_dir=tmp_path)
+        call(recipe, seq_len=9, output_dir=tmp_path)

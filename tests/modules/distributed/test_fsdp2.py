@@ -22,7 +22,7 @@ from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
-from lightning_qlora.modules.distributed.strategies import build_strategy
+from lightning_qlora.modules.distributed.strategies import ReplicatedStrategy
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
@@ -148,13 +148,26 @@ def check_refused_in_forward(device: str, param_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("param_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("world_size", "device"), groups(2))
 def test_converted_bytes_are_refused(ranks: RankPools, world_size: int, device: str, param_dtype: torch.dtype) -> None:
-    """By the strategy before anything is sharded, and by the layer if ``fully_shard`` was called directly."""
-    strategy = FSDP2Strategy(mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32))
-    block = Block(torch.Generator().manual_seed(0), mixed=False)
-    with pytest.raises(ValueError, match="would convert the packed 4-bit bytes of 'nested'"):
-        strategy.shard(block, [[block.nested]])
-    assert not isinstance(block.trained, DTensor)
+    """By the layer itself, if ``fully_shard`` was called directly."""
     ranks.run(world_size, device, check_refused_in_forward, device, param_dtype)
+
+
+class Packed(nn.Linear):
+    """Holds bytes that must not be converted, as NF4Linear does."""
+
+    def check_mixed_precision_policy(self, policy: MixedPrecisionPolicy) -> None:
+        if policy.param_dtype is not None:
+            raise ValueError(f"{policy.param_dtype} would convert bytes.")
+
+
+def test_a_module_may_refuse_the_mixed_precision_policy_before_anything_is_sharded() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"packed": Packed(2, 2)}))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"^1\.packed: torch\.bfloat16 would convert bytes\.$"):
+        FSDP2Strategy(mp_policy=policy).shard(model, [[model[0]]])
+    with pytest.raises(ValueError, match=r"^Packed: torch\.bfloat16"):
+        FSDP2Strategy(mp_policy=policy).shard(model[1]["packed"], [])
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------ a Llama, loaded sharded
@@ -425,20 +438,20 @@ def test_a_plain_lightning_project_trains_as_on_one_process(
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def fit_with_plugin(device: str, strategy: str, precision: Any) -> list[float]:
+def fit_with_plugin(device: str, strategy: Any, precision: Any) -> list[float]:
     """A Trainer that is given the strategy and, apart from it, the precision."""
-    module = Project() if strategy == "fsdp2" else Project(forget_to_shard=True)
+    module = Project() if strategy is FSDP2Strategy else Project(forget_to_shard=True)
     scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
     plugins = [MixedPrecision(precision, device, scaler)]
-    fit(module, loader(), device, build_strategy(strategy), max_epochs=EPOCHS, gradient_clip_val=CLIP, plugins=plugins)
+    fit(module, loader(), device, strategy(), max_epochs=EPOCHS, gradient_clip_val=CLIP, plugins=plugins)
     return module.losses
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", [FSDP2Strategy, ReplicatedStrategy])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize(("world_size", "device"), groups(2))
 def test_a_plain_lightning_project_may_bring_its_precision_plugin(
-    ranks: RankPools, world_size: int, device: str, precision: str, strategy: str
+    ranks: RankPools, world_size: int, device: str, precision: str, strategy: Any
 ) -> None:
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
     losses, _ = one_process_loop(dtype)

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.accelerators import CPUAccelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,11 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_qlora.callbacks import StepCheckpoint
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
-from lightning_qlora.modules.distributed.strategies import OneDeviceStrategy, ReplicatedStrategy, build_strategy
+from lightning_qlora.modules.distributed.strategies import OneDeviceStrategy, ReplicatedStrategy, StrategyOptions
 from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from tests.distributed import RankPools, groups
+from tests.distributed import RankPools, build, groups
 
 STEPS, SAVED_AT = 4, 2
 #: Samples of each micro-batch; ranks take every second one. The last of a step has nothing to learn from on rank 1.
@@ -81,7 +82,7 @@ def train(
         model_dir, default_lora(4), learning_rate=5e-3, schedule="constant", checkpoint_activations=True
     )
     record = Record(save, save_at)
-    strategy = build_strategy(name, precision=precision, **options)
+    strategy = build(name, precision=precision, **options)
     trainer = L.Trainer(
         accelerator=device, devices=world_size, strategy=strategy, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, inference_mode=False,
@@ -208,8 +209,8 @@ EVERY_WAY: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ddp": (2, {"name": "ddp"}, {}),
     "ddp, async": (2, {"name": "ddp", "async_save": True}, {}),
     "fsdp2": (2, {"name": "fsdp2"}, {"checkpoint_activations": True}),
-    "fsdp2, one rank, offload": (1, {"name": "fsdp2", "cpu_offload": True}, {}),
-    "fsdp2, offload, async": (2, {"name": "fsdp2", "cpu_offload": True, "async_save": True}, {}),
+    "fsdp2, one rank, offload": (1, {"name": "fsdp2", "offload": True}, {}),
+    "fsdp2, offload, async": (2, {"name": "fsdp2", "offload": True, "async_save": True}, {}),
     "fsdp2, sharded": (2, {"name": "fsdp2", "sharded_checkpoints": True}, {}),
     "fsdp2, sharded, async": (2, {"name": "fsdp2", "sharded_checkpoints": True, "async_save": True}, {}),
     "fsdp2, no resharding": (2, {"name": "fsdp2", "reshard_after_forward": False, "prefetch": 1}, {}),
@@ -223,7 +224,7 @@ EVERY_WAY: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {
             "name": "fsdp2",
             "precision": "bf16-mixed",
-            "cpu_offload": True,
+            "offload": True,
             "prefetch": 1,
             "async_save": True,
             "sharded_checkpoints": True,
@@ -255,7 +256,7 @@ def train_from(
                 losses.append(float(trainer.callback_metrics["train_loss"]))
 
     trainer = L.Trainer(
-        accelerator=device, devices=world_size, strategy=build_strategy(**{"precision": "32-true", **strategy}),
+        accelerator=device, devices=world_size, strategy=build(**strategy),
         max_steps=2, accumulate_grad_batches=4 // world_size, use_distributed_sampler=False, inference_mode=False,
         callbacks=[Losses(), StepCheckpoint(directory / "checkpoints", 2, adapters=directory / "adapters")],
         logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -317,10 +318,10 @@ def test_adapters_and_bases_go_to_stock_libraries_and_back(
 
 
 def test_names_give_strategies() -> None:
-    assert isinstance(build_strategy("fsdp2", devices=2), FSDP2Strategy)
-    assert isinstance(build_strategy("ddp", devices=2), ReplicatedStrategy)
-    assert isinstance(build_strategy("single"), OneDeviceStrategy)
-    built = build_strategy("fsdp2", prefetch=2, shard_size=2, reshard_after_forward=False, cpu_offload=True)
+    assert isinstance(build("fsdp2", devices=2), FSDP2Strategy)
+    assert isinstance(build("ddp", devices=2), ReplicatedStrategy)
+    assert isinstance(build("single"), OneDeviceStrategy)
+    built = build("fsdp2", prefetch=2, shard_size=2, reshard_after_forward=False, offload=True)
     assert isinstance(built, FSDP2Strategy)
     assert (built.prefetch, built.shard_size, built.reshard_after_forward, built.cpu_offload) == (2, 2, False, True)
 
@@ -332,13 +333,44 @@ def test_names_give_strategies() -> None:
         ("single", {"devices": 2}, "strategy 'single' uses one device, not 2. Set devices=1, or take 'ddp'"),
         ("fsdp2", {"devices": 2, "num_nodes": 2, "shard_size": 3}, "shard_size=3 does not divide the 4 ranks"),
         ("single", {"num_nodes": 2}, "strategy 'single' uses one device, not 2"),
-        ("ddp", {"cpu_offload": True}, "cpu_offload is for strategy 'fsdp2': 'ddp' shards nothing"),
+        ("ddp", {"offload": True}, "offload is for strategy 'fsdp2': 'ddp' shards nothing"),
         ("ddp", {"shard_size": 2}, "shard_size is for strategy 'fsdp2'"),
         ("single", {"prefetch": 1}, "prefetch is for strategy 'fsdp2': 'single' shards nothing"),
         ("single", {"reshard_after_forward": False}, "reshard_after_forward=False is for strategy 'fsdp2'"),
-        ("ddp", {"precision": "8-bit"}, "8-bit"),
+        ("ddp", {"precision": "8-bit"}, "Unknown precision '8-bit'. Choose auto or one of 32-true, 16-mixed"),
+        ("fsdp2", {"prefetch": -1}, "prefetch must not be negative, got -1"),
+        ("fsdp2", {"shard_size": 1}, "shard_size must be at least 2, got 1"),
+        ("ddp", {"devices": 0}, "--devices must be at least 1, got 0"),
+        ("ddp", {"num_nodes": 0}, "--num_nodes must be at least 1, got 0"),
+        ("fsdp2", {"timeout_minutes": 0}, "--timeout_minutes must be at least 1, got 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_strategy(name, **options)
+        StrategyOptions(name, **options)
+
+
+def test_options_are_checked_against_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checked = StrategyOptions("ddp", devices=2).check()
+    assert checked == StrategyOptions("ddp", devices=2, precision="32-true")
+    assert checked.world_size == 2
+    for options, message in (
+        (StrategyOptions(devices=10_000), "devices=10000 processes on a machine with"),
+        (StrategyOptions(num_nodes=2), "num_nodes=2 but nothing says which of these machines this is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options.check()
+
+
+@pytest.mark.parametrize("name", ["ddp", "single"])
+def test_where_nothing_is_sharded_the_model_stays_as_it_is(name: str) -> None:
+    strategy = build(name)
+    strategy.accelerator = CPUAccelerator()
+    strategy.parallel_devices = [torch.device("cpu")]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = dict(model.named_parameters())
+    strategy.shard(model, [[model[0]], [model[1]]])
+    assert type(model) is nn.Sequential
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert strategy.parameters_device == torch.device("cpu")

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from lightning_qlora.callbacks import GracefulStop, StepCheckpoint
 from lightning_qlora.modules.distributed import trained_checkpoints as checkpointing
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
-from lightning_qlora.modules.distributed.strategies import OneDeviceStrategy, build_strategy
+from lightning_qlora.modules.distributed.strategies import OneDeviceStrategy
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
-from tests.distributed import RankPools
+from tests.distributed import RankPools, build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FORMS = pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
@@ -199,7 +199,7 @@ WAYS = pytest.mark.parametrize(
         {"name": "fsdp2"},
         {"name": "fsdp2", "async_save": True},
         {"name": "fsdp2", "sharded_checkpoints": True},
-        {"name": "fsdp2", "sharded_checkpoints": True, "async_save": True, "cpu_offload": True},
+        {"name": "fsdp2", "sharded_checkpoints": True, "async_save": True, "offload": True},
         {"name": "ddp"},
         {"name": "ddp", "sharded_checkpoints": True, "async_save": True},
     ],
@@ -235,7 +235,7 @@ def fit_with_a_failing_rank(directory: Path, way: dict[str, Any], code: int) -> 
     patch.setattr(checkpointing.torch, "save", save)
     keep = StepCheckpoint(directory / "c", 1, 2, directory / "a")
     try:
-        trainer = fit(build_strategy(**way), 3, keep, module=Adapted())
+        trainer = fit(build(**way), 3, keep, module=Adapted())
     except OSError as failure:
         return str(failure), names(directory / "c")
     finally:
@@ -284,11 +284,11 @@ class Signal(L.Callback):
 def fit_and_stop(directory: Path, way: dict[str, Any]) -> tuple[list[int], list[int], list[str], Tensor, Tensor]:
     """Steps until the signal and after resuming; what was left; weights of this run and of one without a signal."""
     stop = GracefulStop(directory)
-    first = fit(build_strategy(**way), 6, Signal(), stop)
+    first = fit(build(**way), 6, Signal(), stop)
     left = names(directory)
     assert stop.signum == signal.SIGTERM
-    again = fit(build_strategy(**way), 6, resume=stop.checkpoint_path, first=3)
-    whole = fit(build_strategy(**way), 6)
+    again = fit(build(**way), 6, resume=stop.checkpoint_path, first=3)
+    whole = fit(build(**way), 6)
     modules = [trainer.lightning_module for trainer in (first, again, whole)]
     return modules[0].steps, modules[1].steps, left, modules[1].weights(), modules[2].weights()
 

@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_qlora.callbacks import StepCheckpoint
 from lightning_qlora.modules.distributed.collectives import end_process_group
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
-from lightning_qlora.modules.distributed.strategies import build_strategy
+from lightning_qlora.modules.distributed.strategies import ReplicatedStrategy
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from tests.distributed import RankPools, groups
+from tests.distributed import RankPools, build, groups
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,7 +87,7 @@ def train_poisoned(
                 losses.append(float(trainer.callback_metrics["train_loss"]))
                 kept.append([p.detach().clone() for p in pl_module.parameters() if p.requires_grad])
 
-    strategy = build_strategy(name, precision=precision, **options)
+    strategy = build(name, precision=precision, **options)
     callbacks = [Keep(), StepCheckpoint(saves, 1, 3)]
     fitting = trainer(device, strategy, max_steps=3, accumulate_grad_batches=2, callbacks=callbacks)
     error = ""
@@ -109,7 +109,7 @@ WAYS = pytest.mark.parametrize(
     ("name", "options"),
     [
         ("fsdp2", {}),
-        ("fsdp2", {"cpu_offload": True, "sharded_checkpoints": True, "async_save": True}),
+        ("fsdp2", {"offload": True, "sharded_checkpoints": True, "async_save": True}),
         ("ddp", {"async_save": True}),
     ],
     ids=["fsdp2", "offload-sharded-async", "ddp-async"],
@@ -203,12 +203,12 @@ def fit_uneven(device: str, name: Any, streamed: bool, validating: bool) -> tupl
 
     even, uneven = loader(4), loader(4 + dist.get_rank())
     loaders = [even, uneven] if validating else [uneven, even]
-    fitting = trainer(device, build_strategy(name), max_epochs=1, num_sanity_val_steps=0)
+    fitting = trainer(device, build(name), max_epochs=1, num_sanity_val_steps=0)
     with pytest.raises(ValueError, match="loaders") as refusal:
         fitting.fit(Project(), *loaders)
-    limited = trainer(device, build_strategy(name), max_epochs=1, limit_train_batches=4, limit_val_batches=4)
+    limited = trainer(device, build(name), max_epochs=1, limit_train_batches=4, limit_val_batches=4)
     limited.fit(Project(), *loaders)
-    trainer(device, build_strategy(name), max_epochs=1).fit(Project(), even, even)
+    trainer(device, build(name), max_epochs=1).fit(Project(), even, even)
     assert limited.global_step == 4
     return str(refusal.value), fitting.global_step
 
@@ -285,10 +285,10 @@ def test_a_writer_that_hangs_ends_training_and_hurts_no_checkpoint(
         assert "step=2.ckpt" not in left
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
-def test_a_timeout_that_is_none_is_refused(name: Any) -> None:
+@pytest.mark.parametrize("strategy", [FSDP2Strategy, ReplicatedStrategy])
+def test_a_timeout_that_is_none_is_refused(strategy: Any) -> None:
     with pytest.raises(ValueError, match="timeout must be more than 0, got 0 s"):
-        build_strategy(name, timeout=timedelta(0))
+        strategy(timeout=timedelta(0))
 
 
 HANGING = """

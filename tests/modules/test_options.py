@@ -1,0 +1,87 @@
+"""Groups of options: whoever builds one is told what is wrong with it, and each field has its line of help."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from lightning_qlora.modules.attention.attention import AttentionName
+from lightning_qlora.modules.attention.timing import TimedAttention
+from lightning_qlora.modules.checkpoints.resolve import ModelOptions
+from lightning_qlora.modules.cli import flags_of
+from lightning_qlora.modules.data.options import BatchOptions
+from lightning_qlora.modules.distributed.strategies import StrategyOptions
+from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
+from lightning_qlora.modules.hardware import Precision, PrecisionChoice
+from lightning_qlora.modules.lora.config import LoraOptions, default_lora
+from lightning_qlora.modules.models.options import ComputeOptions
+from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
+
+GROUPS: list[Any] = [
+    ModelOptions, BatchOptions, OptimizationOptions, LoraOptions, StrategyOptions, ComputeOptions, CheckpointOptions,
+    RunOptions,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_field_has_a_line_of_help_and_the_group_a_title(group: Any) -> None:
+    def main(options: group) -> None: ...
+
+    flags = flags_of(main)
+    assert [flag.name for flag in flags] == [field.name for field in dataclasses.fields(group)]
+    for flag in flags:
+        assert flag.help
+        assert flag.help.endswith(".")
+        assert flag.title
+        assert "(" not in flag.title  # a dataclass without a docstring has its signature there
+
+
+def test_no_two_groups_have_a_field_in_common() -> None:
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (BatchOptions, {"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        (BatchOptions, {"accumulate": 0}, "--accumulate must be at least 1, got 0"),
+        (BatchOptions, {"seq_len": 1}, "--seq_len must be at least 2, got 1"),
+        (OptimizationOptions, {"max_steps": 0}, "--max_steps must be at least 1, got 0"),
+        (OptimizationOptions, {"seed": -1}, "--seed must be at least 0, got -1"),
+        (OptimizationOptions, {"lr": 0.0}, r"--lr: learning_rate must be a positive finite number, got 0\.0"),
+        (OptimizationOptions, {"lr": float("inf")}, "learning_rate must be a positive finite number, got inf"),
+        (OptimizationOptions, {"clip_norm": -1.0}, r"--clip_norm must be 0 \(no clipping\) or larger, got -1\.0"),
+        (OptimizationOptions, {"clip_norm": float("nan")}, "--clip_norm must be 0"),
+        (LoraOptions, {"lora_r": 0}, "r must be at least 1, got 0"),
+        (LoraOptions, {"lora_alpha": 0}, "lora_alpha must be positive"),
+        (LoraOptions, {"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        (ComputeOptions, {"attention": "fast"}, "attention must be one of 'auto', 'sdpa'"),
+        (ComputeOptions, {"sliding_window": 0}, "sliding_window must be at least 1"),
+        (ComputeOptions, {"compile": "on"}, "compile must be one of 'off', 'default', 'max-autotune', got 'on'"),
+        (ComputeOptions, {"offload_activations": True}, "checkpoint_activations is off"),
+        (CheckpointOptions, {"save_every": 0}, "--save_every must be at least 1, got 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(group: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        group(**values)
+
+
+def test_alpha_is_twice_the_rank_unless_given() -> None:
+    assert LoraOptions(lora_r=16).config().to_dict() == default_lora(16).to_dict()
+    assert (
+        LoraOptions(lora_r=16, lora_alpha=8, lora_dropout=0.5).config().to_dict() == default_lora(16, 8, 0.5).to_dict()
+    )
+
+
+def test_a_twentieth_of_the_steps_warms_up() -> None:
+    assert [OptimizationOptions(max_steps=n).warmup_steps for n in (1, 19, 20, 100)] == [0, 0, 1, 5]
+
+
+def test_choices_stand_in_one_place() -> None:
+    assert get_args(PrecisionChoice) == ("auto", *get_args(Precision))
+    assert get_type_hints(StrategyOptions)["precision"] == PrecisionChoice
+    assert set(get_args(TimedAttention)) == set(get_args(AttentionName)) - {"auto"}
+    assert RunOptions(Path("runs")).output_dir == Path("runs")
