@@ -408,7 +408,7 @@ def _launch(quantized: Quantized4bit, out: Tensor, config: LaunchConfig = _DEFAU
     packed_address, out_address = packed.data_ptr(), out.data_ptr()
     packed_aligned, out_aligned = packed_address % 16 == 0, out_address % 16 == 0
     grid = (-(-numel // (config.threads * config.steps * 8)), 1, 1)
-    # One flat tuple: joining two with * takes 0.2 us longer.
+    # One flat tuple: joining two with * takes 0.1 us longer.
     key = (
         out.get_device(),
         out.dtype,
@@ -500,9 +500,9 @@ def _check(quantized: Quantized4bit, numel: int, dtype: torch.dtype) -> None:
     blocks = -(-numel // blocksize)
     if not packed.is_contiguous():
         raise ValueError("packed must be contiguous, because its bytes are read in order: call .contiguous() first.")
-    if packed.numel() * packed.element_size() * 2 < numel:
+    if packed.nbytes * 2 < numel:
         raise ValueError(
-            f"packed has {packed.numel() * packed.element_size()} bytes, but {numel} elements of 4 bits need "
+            f"packed has {packed.nbytes} bytes, but {numel} elements of 4 bits need "
             f"{(numel + 1) // 2}: shape or quant_state belong to another weight."
         )
     if absmax.numel() != blocks:
