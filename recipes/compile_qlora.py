@@ -159,10 +159,8 @@ def main(
         strategy = replace(strategy, precision="32-true")
 
     directory = model_or_random_weights(model)
-    module = QLoRACausalLM(
-        directory, lora.config(), checkpoint_activations=True, attention=attention, compile_backend=backend,
-        compile=mode, sliding_window=compute.sliding_window,  # type: ignore[arg-type]
-    )  # fmt: skip
+    settings = replace(compute, checkpoint_activations=True, attention=attention, compile=mode)  # type: ignore[arg-type]
+    module = QLoRACausalLM(directory, lora.config(), compute=settings, compile_backend=backend)
     report = RunReport(output_dir / run / "report.json", warmup_steps=max_steps // 2, metadata={"compile": run})
     trainer = L.Trainer(
         devices=strategy.devices, strategy=build_strategy(strategy), max_steps=max_steps, gradient_clip_val=1.0,

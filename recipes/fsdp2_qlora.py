@@ -76,22 +76,14 @@ def main(
         ),
     )
     plan = plan_memory(
-        Settings(
-            config=config,
-            lora=lora.config(),
+        Settings.of(
+            config,
+            lora.config(),
+            strategy,
+            compute,
             batch_size=batch.batch_size,
             seq_len=batch.seq_len,
             accumulate=batch.accumulate,
-            strategy=strategy.strategy,
-            world_size=strategy.world_size,
-            precision=strategy.precision,
-            offload=strategy.offload,
-            reshard_after_forward=strategy.reshard_after_forward,
-            prefetch=strategy.prefetch,
-            shard_size=strategy.shard_size,
-            checkpoint_activations=compute.checkpoint_activations,
-            offload_activations=compute.offload_activations,
-            compile=compute.compile != "off",
             compute_capability=device.compute_capability,
         )
     )
@@ -122,11 +114,7 @@ def main(
         lora.config(),
         learning_rate=optimization.lr,
         warmup_steps=optimization.warmup_steps,
-        checkpoint_activations=compute.checkpoint_activations,
-        offload_activations=compute.offload_activations,
-        attention=compute.attention,
-        sliding_window=compute.sliding_window,
-        compile=compute.compile,
+        compute=compute,
         packing=batch.packing,
         init_adapter=lora.init_adapter,
         model_name=base_name(model.model, directory),

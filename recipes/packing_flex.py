@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any, cast
@@ -153,9 +154,10 @@ def main(
     steps = draw_steps(samples, lengths, tokens, max_steps)
     if run is not None:
         attention, rows = cast(tuple[Any, str], run.split())
+        padded = attention == "padded"
+        settings = replace(compute, checkpoint_activations=True, attention="sdpa" if padded else attention)
         module = QLoRACausalLM(
-            directory, lora.config(), checkpoint_activations=True, compile=compute.compile, compile_backend=backend,
-            attention="sdpa" if attention == "padded" else attention, packing=attention != "padded",
+            directory, lora.config(), compute=settings, compile_backend=backend, packing=not padded
         )  # fmt: skip
         varied = [max(max(counts), lengths[-1] * part // 16) for part in range(9, 17)]
         row_lengths = varied if rows == "varied" else [int(rows)]

@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from ..attention import IMPLEMENTATION, AttentionBackend, register_attention
 from ..attention.choice import find_backend
@@ -53,8 +53,41 @@ def build_model(
         ValueError: If the model's family is unknown, ``lora`` is not supported, a layer would stay unquantized that
             should not (a mixture of experts), or there is nothing to offload.
     """
+    return build_structure(
+        load_config(checkpoint.directory), lora, stored=checkpoint, dtype=dtype, attention=attention,
+        sliding_window=sliding_window, checkpoint_activations=checkpoint_activations,
+        offload_activations=offload_activations,
+    )  # fmt: skip
+
+
+def build_structure(
+    config: PretrainedConfig,
+    lora: LoraConfig,
+    *,
+    stored: SafetensorsCheckpoint | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: str | AttentionBackend = "sdpa",
+    sliding_window: int | None = None,
+    checkpoint_activations: bool = False,
+    offload_activations: bool = False,
+) -> QLoRAForCausalLM:
+    """:func:`build_model` from a configuration alone, as :func:`~.families.load_config` returns it.
+
+    Args:
+        config: The model's; it is copied.
+        lora: As of :func:`build_model`, like all that is not listed here.
+        stored: The checkpoint whose format the projections get; ``None`` for NF4 with double quantization.
+        dtype: As of :func:`build_model`.
+        attention: As of :func:`build_model`.
+        sliding_window: As of :func:`build_model`.
+        checkpoint_activations: As of :func:`build_model`.
+        offload_activations: As of :func:`build_model`.
+
+    Raises:
+        ValueError: As :func:`build_model`.
+    """
     check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
-    config = load_config(checkpoint.directory)
+    config = copy.deepcopy(config)
     family, windows = family_of(config), layer_windows(config, sliding_window)
     register_attention()
     config._attn_implementation = IMPLEMENTATION
@@ -62,14 +95,14 @@ def build_model(
     with torch.device("meta"):
         stock = family.model_class(config)
     model = specialize(stock, family, attention=find_backend(attention), windows=windows)
-    _quantize(model.model, checkpoint, dtype)
+    _quantize(model.model, stored, dtype)
     _cast_unquantized(model, dtype)
     for layer in model.model.layers:
         layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
     lora = with_targets(check_lora(lora), family.projections)
-    config = copy.copy(lora)
-    config._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    injected = copy.copy(lora)
+    injected._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
+    inject_adapter_in_model(injected, model, low_cpu_mem_usage=True)
     for name, module in model.named_modules():
         if isinstance(module, peft_lora.LoraLayer) and name.rpartition(".")[2] not in family.projections:
             raise ValueError(
@@ -83,14 +116,14 @@ def build_model(
     return model
 
 
-def _quantize(decoder: nn.Module, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype) -> None:
-    """Replace the linear layers below ``decoder`` by empty 4-bit ones, as far as the checkpoint has them in 4 bits."""
+def _quantize(decoder: nn.Module, stored: SafetensorsCheckpoint | None, dtype: torch.dtype) -> None:
+    """Replace the linear layers below ``decoder`` by empty 4-bit ones, but for those that ``stored`` has in 16 bits."""
     for parent_name, parent in list(decoder.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 name = ".".join(["model", *parent_name.split(".") * bool(parent_name), attribute, "weight"])
-                state = checkpoint.quant_state(name)
-                if state is not None or not checkpoint.is_quantized:
+                state = None if stored is None else stored.quant_state(name)
+                if state is not None or stored is None or not stored.is_quantized:
                     setattr(parent, attribute, _projection(child, state, dtype))
     for name, parameter in decoder.named_parameters():
         if parameter.ndim > 2:

@@ -23,20 +23,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..attention import AttentionBackend, check_attention, choose_attention
+from ..attention import AttentionBackend, choose_attention
 from ..checkpoints.loading import LoadReport
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..distributed.collectives import all_reduce_sum, gather_objects
-from ..distributed.fsdp2 import FSDP2Strategy
 from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
 from ..hardware import compute_dtype
 from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
 from ..lora.config import check_lora, default_lora, with_targets
-from ..models.activation_offload import check_offload
 from ..models.build import build_model, materialize
 from ..models.causal_lm import QLoRAForCausalLM
-from ..models.compilation import CompileMode, check_compile_mode
 from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
+from ..models.options import ComputeOptions
 from .optimizer import ShardAdamW, global_norm, gradients, scale_
 from .resume_identity import BaseIdentity
 
@@ -71,14 +69,8 @@ class QLoRAModule(L.LightningModule):
         warmup_steps: Steps of linear warm-up.
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
         weight_decay: AdamW's, on the adapters.
-        checkpoint_activations: Recompute each layer in backward: less memory for about a third more compute.
-        offload_activations: Keep what recomputation starts from in host memory; needs ``checkpoint_activations``.
-        attention: ``"auto"`` or the name of a backend; all compute the same (see
-            :func:`~lightning_qlora.modules.attention.choose_attention`).
-        sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
-            Default: full causal attention.
+        compute: Activation checkpointing and offloading, attention, sliding window and compilation.
         packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
-        compile: Compile the model's parts with torch.compile (see ``QLoRAForCausalLM.compile_regions``).
         compile_backend: As in :func:`~lightning_qlora.modules.models.compilation.compile_region`.
         init_adapter: Directory of a peft LoRA adapter to continue from.
         model_name: How reports and the saved adapter name the base; default ``model_dir``.
@@ -100,12 +92,8 @@ class QLoRAModule(L.LightningModule):
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        checkpoint_activations: bool = False,
-        offload_activations: bool = False,
-        attention: str | AttentionBackend = "auto",
-        sliding_window: int | None = None,
+        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
-        compile: CompileMode = "off",
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
@@ -124,13 +112,9 @@ class QLoRAModule(L.LightningModule):
         config = load_config(self.model_dir)
         self.lora = with_targets(check_lora(lora or default_lora()), family_of(config).projections)
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
-        check_offload(checkpoint_activations=checkpoint_activations, offload_activations=offload_activations)
-        self.checkpoint_activations, self.offload_activations = checkpoint_activations, offload_activations
         self.weight_decay = weight_decay
-        check_attention(attention, sliding_window)
-        layer_windows(config, sliding_window)  # refuses what does not go together
-        self.attention, self.sliding_window, self.packing = attention, sliding_window, packing
-        self.compile_mode, self.compile_backend = check_compile_mode(compile), compile_backend
+        layer_windows(config, compute.sliding_window)  # refuses what does not go together
+        self.compute, self.packing, self.compile_backend = compute, packing, compile_backend
         self.init_adapter = None if init_adapter is None else Path(init_adapter)
         if self.init_adapter is not None:
             read_adapter(self.init_adapter, self.lora)
@@ -155,14 +139,15 @@ class QLoRAModule(L.LightningModule):
         device, parameters_on = strategy.root_device, None
         attention = self._attention(device, dtype)
         model = build_model(
-            self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.sliding_window,
-            checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations,
+            self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.compute.sliding_window,
+            checkpoint_activations=self.compute.checkpoint_activations,
+            offload_activations=self.compute.offload_activations,
         )  # fmt: skip
-        model.compile_regions(self.compile_mode, backend=self.compile_backend)
+        model.compile_regions(self.compute.compile, backend=self.compile_backend)
         self.adapt(model)
-        if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(model, model.shard_groups())
-            parameters_on = strategy.parameters_device
+        if shard := getattr(strategy, "shard", None):  # every strategy of this library has it, Lightning's do not
+            shard(model, model.shard_groups())
+            parameters_on = getattr(strategy, "parameters_device", None)
         self._load = materialize(model, self.base, device, seed=self.seed, parameters_on=parameters_on)
         if self.init_adapter is not None:
             load_adapter(model, self.init_adapter, self.lora)
@@ -172,10 +157,10 @@ class QLoRAModule(L.LightningModule):
         """The backend, after having said which and why."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         request = attention_request(
-            load_config(self.model_dir), packed=self.packing, sliding_window=self.sliding_window,
+            load_config(self.model_dir), packed=self.packing, sliding_window=self.compute.sliding_window,
             compute_capability=capability, dtype=dtype,
         )  # fmt: skip
-        backend, reason = choose_attention(self.attention, request)
+        backend, reason = choose_attention(self.compute.attention, request)
         rank_zero_info(f"Attention: {backend.name}. {reason}")
         return backend
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig
 from torch import Tensor
 
 from ..losses.functional import cross_entropy
 from ..models.causal_lm import QLoRAForCausalLM
+from ..models.options import ComputeOptions
 from .base import QLoRAModule
 from .generation import greedy_answer
 
@@ -31,16 +32,13 @@ class QLoRACausalLM(QLoRAModule):
     ``document_lengths``, for each row a list of python ints that sum to S. ``num_loss_tokens``, how many of
     ``labels[:, 1:]`` are not -100, as a python int, spares a wait for the device; ``num_tokens`` is for reports.
 
-    Args:
-        model_dir: As :class:`QLoRAModule`, like all other arguments.
-        lora: As :class:`QLoRAModule`.
+    Args (all others are those of :class:`QLoRAModule`):
         loss: What is trained: a function of ``losses/functional.py``, or any function of logits [C, V] of C tokens,
             their labels [C] and ``loss_inputs`` [C, ...] that returns one value per token, or their sum; see
             :func:`~lightning_qlora.modules.losses.linear_loss`. Settings are fixed by ``functools.partial``, as in
             ``partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)``.
         loss_inputs: Names of the batch's tensors [B, S, ...] that ``loss`` takes after the labels; the value at a
             position belongs to the token at that position, as its label does.
-        settings: As :class:`QLoRAModule`.
 
     Raises:
         ValueError: As :class:`QLoRAModule`.
@@ -53,9 +51,22 @@ class QLoRACausalLM(QLoRAModule):
         *,
         loss: Callable[..., Any] = cross_entropy,
         loss_inputs: Sequence[str] = (),
-        **settings: Any,
+        learning_rate: float = 2e-4,
+        warmup_steps: int = 0,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        weight_decay: float = 0.0,
+        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        packing: bool = False,
+        compile_backend: str | Callable[..., Any] = "inductor",
+        init_adapter: str | Path | None = None,
+        model_name: str | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(model_dir, lora, **settings)
+        super().__init__(
+            model_dir, lora, learning_rate=learning_rate, warmup_steps=warmup_steps, schedule=schedule,
+            weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend,
+            init_adapter=init_adapter, model_name=model_name, seed=seed,
+        )  # fmt: skip
         self.loss, self.loss_inputs = loss, tuple(loss_inputs)
         self._inputs = set(inspect.signature(QLoRAForCausalLM.forward).parameters) - {"self", "kwargs"}
 

@@ -7,10 +7,11 @@ which the largest is the peak:
 * *backward*: one decoder layer is differentiated (with activation checkpointing: recomputed first);
 * *step*: the optimizer's update, when nothing of the forward is left.
 
-What autograd keeps of a decoder layer, eager, in bytes for each token (c bytes a value in the compute dtype):
+What autograd keeps of a decoder layer, eager, in bytes for each token (c bytes a value in the compute dtype); how many
+norms and how wide the projections are says the model's structure:
 
 =====================  =======================  =====================================================================
-two norms              8 H + 8                  the input in float32 and the root of its mean square, each
+norms                  4 W + 4 each             the input in float32 and the root of its mean square; W is H, Q or K
 attention              c (2 Q + 2 K) + 4 heads  queries, keys, values, the result, and a float32 log-sum a head;
                                                 keys and values as wide as queries where they are repeated for them
 MLP                    3 c I                    gate, silu(gate), up
@@ -31,18 +32,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from transformers import LlamaConfig
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from ..attention.backend import FLASH_CAPABILITY
 from ..attention.sdpa import SDPA_REPEATED_KV, sdpa_backend
-from ..hardware import Precision, compute_dtype
+from ..distributed.strategies import StrategyOptions
+from ..hardware import Precision, check_precision, compute_dtype
+from ..lora.config import is_adapter
 from ..losses.chunked import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 from ..models.activation_offload import check_offload
+from ..models.build import build_structure
+from ..models.families import attention_softcap, head_dim
+from ..models.options import ComputeOptions
+from ..quantization import NF4Linear
 
 GIB = 2**30
 
@@ -59,7 +68,7 @@ class Settings:
     """What the memory of a training run depends on.
 
     Attributes:
-        config: The base, all of whose projections are taken to be 4-bit with double quantization in blocks of 64.
+        config: The base, of any family; all its projections are taken to be 4-bit, in blocks of 64, doubly quantized.
         lora: The adapters.
         batch_size: Samples of a micro-batch on a rank.
         seq_len: Tokens a sample, padding included.
@@ -74,6 +83,7 @@ class Settings:
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
         prefetch: Layers that FSDP2 gathers ahead; 0 leaves it to FSDP2, which gathers one.
         shard_size: Ranks that one copy is sharded over (hybrid sharding); ``None`` for all.
+        model: Sizes of the model's parts, from its structure; made from ``config`` and ``lora``.
         compute_capability: Of the GPU; ``None`` for a CPU. The attention is what ``sdpa_backend`` says for it, on whole
             rows: packed rows or a window take more on SDPA, see :mod:`~lightning_qlora.modules.attention.documents`.
 
@@ -81,7 +91,7 @@ class Settings:
         ValueError: If a count is below 1, or activations are to be offloaded that are not checkpointed.
     """
 
-    config: LlamaConfig
+    config: PretrainedConfig
     lora: LoraConfig
     batch_size: int
     seq_len: int
@@ -97,12 +107,43 @@ class Settings:
     prefetch: int = 0
     shard_size: int | None = None
     compute_capability: tuple[int, int] | None = None
+    model: _Model = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainedConfig,
+        lora: LoraConfig,
+        strategy: StrategyOptions,
+        compute: ComputeOptions,
+        *,
+        batch_size: int,
+        seq_len: int,
+        accumulate: int = 1,
+        compute_capability: tuple[int, int] | None = None,
+    ) -> Settings:
+        """From the groups of flags; ``a precision of ``"auto"`` is this machine's."""
+        return cls(
+            config=config, lora=lora, batch_size=batch_size, seq_len=seq_len, accumulate=accumulate,
+            world_size=strategy.world_size, strategy=strategy.strategy, precision=check_precision(strategy.precision),
+            offload=strategy.offload, reshard_after_forward=strategy.reshard_after_forward, prefetch=strategy.prefetch,
+            shard_size=strategy.shard_size, checkpoint_activations=compute.checkpoint_activations,
+            offload_activations=compute.offload_activations, compile=compute.compile != "off",
+            compute_capability=compute_capability,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seq_len", "world_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_offload(checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations)
+        if self.model is None:  # else it is of settings that differ in something else
+            object.__setattr__(self, "model", _Model.of(self.config, self.lora, compute_dtype(self.precision)))
+
+    @property
+    def flex(self) -> bool:
+        """Whether attention with soft caps is flex attention, which holds no scores."""
+        return self.compute_capability is not None and self.compute_capability >= FLASH_CAPABILITY
 
     @property
     def shards(self) -> int:
@@ -233,60 +274,113 @@ def _flags(settings: Settings, changes: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class _Parameters:
+    """Some of a model's parameters, as (rows, values per row): FSDP2 splits rows."""
+
+    frozen: tuple[tuple[int, int, int], ...]  # the last number is the bytes per value
+    adapters: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor]) -> _Parameters:
+        parameters = list(parameters)
+        shapes = [(p.shape[0], p.numel() // max(p.shape[0], 1), p.itemsize, p.requires_grad) for p in parameters]
+        return cls(
+            tuple((rows, width, size) for rows, width, size, learns in shapes if not learns),
+            tuple((rows, width) for rows, width, _, learns in shapes if learns),
+        )
+
+    def frozen_bytes(self, shards: int) -> int:
+        """Of a rank; ``shards`` = 1 gives the whole."""
+        return sum(_rows(rows, shards) * width * size for rows, width, size in self.frozen)
+
+    def adapter_values(self, shards: int) -> int:
+        """Numbers in a rank's adapters."""
+        return sum(_rows(rows, shards) * width for rows, width in self.adapters)
+
+
+@dataclass(frozen=True)
 class _Projection:
     rows: int
     columns: int
     rank: int  # of its adapter, 0 for none
-    has_bias: bool
 
 
 @dataclass(frozen=True)
-class _LayerBytes:
-    frozen: int
-    adapters: int
+class _Layer:
+    """A decoder layer: its parameters, its 4-bit statistics in bytes, and what its activations depend on."""
+
+    parameters: _Parameters
     statistics: int
+    projections: dict[str, _Projection]  # by the last component of their names
+    norms: tuple[tuple[int, int], ...]  # numbers of a token that are normalized, and in how many groups
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Layer:
+        ranks = {
+            name.partition(".lora_A.")[0].rpartition(".")[2]: parameter.shape[0]
+            for name, parameter in layer.named_parameters()
+            if ".lora_A." in name
+        }
+        projections, statistics = {}, 0
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and not is_adapter(f"{name}.weight"):
+                short = name.removesuffix(".base_layer").rpartition(".")[2]
+                projections[short] = _Projection(module.out_features, module.in_features, ranks.get(short, 0))
+            if isinstance(module, NF4Linear):
+                statistics += sum(buffer.nbytes for buffer in module.buffers())
+        found = cls(_Parameters.of(layer.parameters()), statistics, projections, ())
+        queries, keys = found.attention_widths
+        norms = []
+        for name, module in layer.named_modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                size = int(next(module.parameters()).numel())
+                width = {"q_norm": queries, "k_norm": keys}.get(name.rpartition(".")[2], size)
+                norms.append((width, width // size))
+        return dataclasses.replace(found, norms=tuple(norms))
+
+    @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Q and K, the widths of queries and of keys."""
+        queries = self.projections["o_proj"].columns
+        if "qkv_proj" in self.projections:
+            return queries, (self.projections["qkv_proj"].rows - queries) // 2
+        return queries, self.projections["k_proj"].rows
+
+    @property
+    def mlp_width(self) -> int:
+        """I, what the MLP's last projection takes."""
+        return self.projections["down_proj"].columns
 
 
-_Layer = dict[str, _Projection]
+@dataclass(frozen=True)
+class _Model:
+    """What the plan takes from the model that :func:`~lightning_qlora.modules.models.build.build_structure` makes."""
 
+    layers: tuple[_Layer, ...]
+    ends: _Parameters  # embeddings, last norm and head
 
-def _projections(s: Settings, layer: int) -> _Layer:
-    c = s.config
-    h, i = c.hidden_size, c.intermediate_size
-    q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = {
-        "self_attn.q_proj": (q, h), "self_attn.k_proj": (k, h), "self_attn.v_proj": (k, h), "self_attn.o_proj": (h, q),
-        "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i),
-    }  # fmt: skip
-    projections = {}
-    for name, (rows, columns) in shapes.items():
-        key = f"model.layers.{layer}.{name}"
-        pattern = s.lora.rank_pattern
-        rank = pattern.get(get_pattern_key(pattern.keys(), key), s.lora.r)
-        is_target = s.lora.target_modules == "all-linear" or check_target_module_exists(s.lora, key)
-        has_bias = c.attention_bias if name.startswith("self_attn") else c.mlp_bias
-        projections[name] = _Projection(rows, columns, rank if is_target else 0, has_bias)
-    return projections
+    @classmethod
+    def of(cls, config: PretrainedConfig, lora: LoraConfig, dtype: torch.dtype) -> _Model:
+        model = build_structure(config, lora, dtype=dtype)
+        layers = [*model.model.layers]
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        return cls(
+            tuple(_Layer.of(layer) for layer in layers),
+            _Parameters.of(p for p in model.parameters() if id(p) not in inside),
+        )
 
 
 def _rows(rows: int, shards: int) -> int:
     return math.ceil(rows / shards)  # FSDP2 pads every shard to this
 
 
-def _layer_bytes(s: Settings, layer: _Layer, shards: int) -> _LayerBytes:
-    """A decoder layer's bytes on a rank; ``shards`` = 1 gives the whole layer."""
-    value = compute_dtype(s.precision).itemsize
-    adapter_value = 2 if s.precision == "bf16-true" else 4
-    frozen = 2 * _rows(s.config.hidden_size, shards) * value  # norms
-    adapters = statistics = 0
-    for p in layer.values():
-        blocks = math.ceil(p.rows * p.columns / 64)
-        frozen += _rows(p.rows, shards) * p.columns // 2  # 4 bits a value
-        frozen += _rows(math.ceil(blocks / 4), shards) * 4  # a byte a block, stored as float32
-        frozen += _rows(p.rows, shards) * value if p.has_bias else 0
-        statistics += 4 * (256 + math.ceil(blocks / 256) + 1)
-        adapters += (_rows(p.rank, shards) * p.columns + _rows(p.rows, shards) * p.rank) * adapter_value
-    return _LayerBytes(frozen, adapters, statistics)
+def _adapter_bytes(s: Settings, values: int) -> int:
+    return values * (2 if s.precision == "bf16-true" else 4)
+
+
+def _gathered_bytes(s: Settings, layer: _Layer) -> int:
+    """A whole decoder layer."""
+    return layer.parameters.frozen_bytes(1) + _adapter_bytes(s, layer.parameters.adapter_values(1))
 
 
 # --- the activations -------------------------------------------------------------------------------------------------
@@ -296,26 +390,29 @@ def _cast_adapter_bytes(s: Settings, layer: _Layer) -> int:
     """Copies of A and B in the compute dtype, in mixed precision."""
     if not s.precision.endswith("mixed"):
         return 0
-    return sum(p.rank * (p.rows + p.columns) for p in layer.values()) * compute_dtype(s.precision).itemsize
+    return layer.parameters.adapter_values(1) * compute_dtype(s.precision).itemsize
 
 
 def _kept_bytes(s: Settings, layer: _Layer) -> int:
     """What autograd keeps of a layer: see the module's docstring."""
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
-    h, i, heads = int(c.hidden_size), int(c.intermediate_size), int(c.num_attention_heads)
-    q, k = (layer[f"self_attn.{name}"].rows for name in ("q_proj", "k_proj"))
+    h, i, heads = int(c.hidden_size), layer.mlp_width, int(c.num_attention_heads)
+    q, k = layer.attention_widths
     if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) is SDPA_REPEATED_KV:
         k = q
-    adapted = {name.rpartition(".")[2] for name, p in layer.items() if p.rank}
-    norms = 2 * (4 * h + 4)
+    adapted = {name for name, p in layer.projections.items() if p.rank}
+    norms = sum(4 * width + 4 * groups for width, groups in layer.norms)
     attention = value * (2 * q + 2 * k) + 4 * heads
+    if attention_softcap(c) is not None and not s.flex:
+        attention += 3 * 4 * heads * s.seq_len  # plain products: scores, capped scores and probabilities in float32
     mlp = 3 * value * i
-    low = value * sum(p.rank for p in layer.values())
+    low = value * sum(p.rank for p in layer.projections.values())
     dropped = value + (value if s.compute_capability is None else 1)
-    inputs = value * h * (bool(adapted & {"q_proj", "k_proj", "v_proj"}) + bool(adapted & {"gate_proj", "up_proj"}))
-    inputs += value * i * ("down_proj" in adapted)
+    into_attention = bool(adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"})
+    into_mlp = bool(adapted & {"gate_proj", "up_proj", "gate_up_proj"})
+    inputs = value * (h * (into_attention + into_mlp) + i * ("down_proj" in adapted))
     if s.lora.lora_dropout:
-        inputs = dropped * sum(p.columns for p in layer.values() if p.rank)
+        inputs = dropped * sum(p.columns for p in layer.projections.values() if p.rank)
     return tokens * (norms + attention + mlp + low + inputs) + _cast_adapter_bytes(s, layer)
 
 
@@ -328,7 +425,7 @@ def _working_bytes(s: Settings, layer: _Layer) -> int:
     * Compiled: as much. Measured (torch 2.11) are 9.16 GiB of a peak planned as 9.22 for 8B, 2.99 of 3.08 for 1B.
     """
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
-    wide, narrow = tokens * int(c.intermediate_size), tokens * int(c.hidden_size)
+    wide, narrow = tokens * layer.mlp_width, tokens * int(c.hidden_size)
     needed = wide * value + max(wide * value, _dequantized_bytes(s, layer))
     if s.checkpoint_activations:
         needed += value * narrow
@@ -339,7 +436,7 @@ def _working_bytes(s: Settings, layer: _Layer) -> int:
 
 def _dequantized_bytes(s: Settings, layer: _Layer) -> int:
     """The largest weight in the compute dtype, which exists while its product is computed."""
-    values = max(p.rows * p.columns for p in layer.values())
+    values = max(p.rows * p.columns for p in layer.projections.values())
     return values * compute_dtype(s.precision).itemsize
 
 
@@ -377,38 +474,34 @@ def plan_memory(settings: Settings) -> MemoryPlan:
     """Predict the memory of a training step from the second on (the first makes the optimizer's state)."""
     s = settings
     c, value = s.config, compute_dtype(s.precision).itemsize
-    layers = [_projections(s, i) for i in range(c.num_hidden_layers)]
+    layers = s.model.layers
     tokens = s.batch_size * s.seq_len
     one_input = tokens * c.hidden_size * value
-    mine = [_layer_bytes(s, layer, s.shards) for layer in layers]
-    whole = [_layer_bytes(s, layer, 1) for layer in layers]
-    adapters = sum(b.adapters for b in mine)
+    adapters = _adapter_bytes(s, sum(layer.parameters.adapter_values(s.shards) for layer in layers))
     matrix = c.vocab_size * c.hidden_size * value
-    my_matrix = _rows(c.vocab_size, s.shards) * c.hidden_size * value
 
     resident = {
-        "4-bit layers": sum(b.frozen for b in mine),
-        "embeddings and head": my_matrix * (1 if c.tie_word_embeddings else 2)
-        + _rows(c.hidden_size, s.shards) * value,  # the final norm
+        "4-bit layers": sum(layer.parameters.frozen_bytes(s.shards) for layer in layers),
+        "embeddings and head": s.model.ends.frozen_bytes(s.shards),
         "adapters": adapters,
         "optimizer state": 2 * adapters,
     }
     host = 0
     if s.offload:
         host, resident = sum(resident.values()) + adapters, {}
-    resident["statistics"] = sum(b.statistics for b in whole)
+    resident["statistics"] = sum(layer.statistics for layer in layers)
     resident["workspace"] = _workspace_bytes(s)
 
     gradients = 0 if s.offload else adapters
     if s.accumulate == 1 and s.strategy != "ddp":
         early_gradients = 0
     elif s.is_sharded and s.shards > 1:  # not reduced before the last micro-batch
-        early_gradients = sum(b.adapters for b in whole)
+        early_gradients = _adapter_bytes(s, sum(layer.parameters.adapter_values(1) for layer in layers))
     else:
         early_gradients = gradients
 
     kept = [_kept_bytes(s, layer) for layer in layers]
-    activations = 2 * value * s.seq_len * c.head_dim + 32 * tokens  # rotary embeddings, tokens and labels
+    activations = 2 * value * s.seq_len * head_dim(c) + 32 * tokens  # rotary embeddings, tokens and labels
     returned = 0
     if s.offload_activations:
         # One input is back while its layer is recomputed and, compiled or in float32, until that layer's backward ends.
@@ -445,15 +538,15 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         "step": {**resident, "gradients": max(gradients, early_gradients)},
     }
     if s.is_sharded:
-        _add_gathered(s, moments, matrix, whole)
+        _add_gathered(s, moments, matrix)
     return MemoryPlan(s, {name: {p: n for p, n in parts.items() if n} for name, parts in moments.items()}, host)
 
 
-def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int, layers: list[_LayerBytes]) -> None:
+def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int) -> None:
     """What FSDP2 gathers: twice a group, as it arrives from all ranks and as the parameters that it is copied to."""
     loss, backward = moments["loss"], moments["backward"]
-    group = max(b.frozen + b.adapters for b in layers)
-    everything = sum(b.frozen + b.adapters for b in layers)
+    sizes = [_gathered_bytes(s, layer) for layer in s.model.layers]
+    group, everything = max(sizes), sum(sizes)
     arriving = group * max(1, s.prefetch) if s.shards > 1 else 0
     if s.reshard_after_forward:
         backward["gathered layers"] = group + arriving
@@ -467,4 +560,5 @@ def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int, 
     else:  # the copy from the host is gone when the loss starts
         loss["gathered head"] = matrix + max(0, matrix - loss["loss"])
     if s.shards > 1:
-        backward["reduced gradients"] = 2 * max(b.adapters for b in layers)
+        most = max(layer.parameters.adapter_values(1) for layer in s.model.layers)
+        backward["reduced gradients"] = 2 * _adapter_bytes(s, most)

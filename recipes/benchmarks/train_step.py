@@ -136,9 +136,11 @@ def main(
             lora.config(),
             learning_rate=LEARNING_RATE,
             schedule="constant",
-            checkpoint_activations=compute.checkpoint_activations,
-            offload_activations=compute.offload_activations,
-            compile=compute.compile,
+            compute=ComputeOptions(
+                checkpoint_activations=compute.checkpoint_activations,
+                offload_activations=compute.offload_activations,
+                compile=compute.compile,
+            ),
         )
         train_ours(module, batches, meter, strategy)
     figures = meter.gather()

@@ -6,8 +6,6 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from lightning_qlora.modules.attention.attention import AttentionName
-from lightning_qlora.modules.attention.timing import TimedAttention
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions
 from lightning_qlora.modules.cli import flags_of
 from lightning_qlora.modules.data.options import BatchOptions
@@ -83,5 +81,4 @@ def test_a_twentieth_of_the_steps_warms_up() -> None:
 def test_choices_stand_in_one_place() -> None:
     assert get_args(PrecisionChoice) == ("auto", *get_args(Precision))
     assert get_type_hints(StrategyOptions)["precision"] == PrecisionChoice
-    assert set(get_args(TimedAttention)) == set(get_args(AttentionName)) - {"auto"}
     assert RunOptions(Path("runs")).output_dir == Path("runs")

@@ -35,6 +35,7 @@ from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsChe
 from lightning_qlora.modules.hardware import capabilities
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -356,7 +357,8 @@ def test_a_backend_of_ones_own_trains_a_model(tiny_llama_dir, window):
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
     assert toy.calls == 2
-    assert QLoRACausalLM(tiny_llama_dir, attention=toy, packing=True)._attention(ids.device, ids.dtype, 0.0) is toy
+    module = QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(attention=toy), packing=True)
+    assert module._attention(ids.device, torch.float32) is toy
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
 from lightning_qlora.modules.distributed.strategies import OneDeviceStrategy, ReplicatedStrategy, StrategyOptions
 from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from tests.distributed import RankPools, build, groups
+from tests.training import qlora
 
 STEPS, SAVED_AT = 4, 2
 #: Samples of each micro-batch; ranks take every second one. The last of a step has nothing to learn from on rank 1.
@@ -79,7 +81,11 @@ def train(
     if name == "single":
         options = {**options, "devices": world_size}
     module = QLoRACausalLM(
-        model_dir, default_lora(4), learning_rate=5e-3, schedule="constant", checkpoint_activations=True
+        model_dir,
+        default_lora(4),
+        learning_rate=5e-3,
+        schedule="constant",
+        compute=ComputeOptions(checkpoint_activations=True),
     )
     record = Record(save, save_at)
     strategy = build(name, precision=precision, **options)
@@ -245,9 +251,7 @@ def train_from(
 ) -> tuple[list[float], Tensor]:
     """Train from ``adapter``, four samples a step, each a micro-batch; returns losses and the logits of a sample."""
     world_size = dist.get_world_size()
-    module = QLoRACausalLM(
-        model_dir, default_lora(4), learning_rate=1e-2, schedule="constant", init_adapter=adapter, **options
-    )
+    module = qlora(model_dir, default_lora(4), learning_rate=1e-2, schedule="constant", init_adapter=adapter, **options)
     losses: list[float] = []
 
     class Losses(L.Callback):

@@ -24,9 +24,11 @@ from lightning_qlora.modules.models import decoder_layer
 from lightning_qlora.modules.models.activation_offload import offload_to_host
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from lightning_qlora.modules.training.memory_plan import Settings
 from tests.distributed import RankPools, groups
+from tests.training import qlora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +154,7 @@ def test_there_must_be_checkpoints_to_offload(tiny_llama_dir):
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
         build_model(SafetensorsCheckpoint(tiny_llama_dir), lora, offload_activations=True)
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
-        QLoRACausalLM(tiny_llama_dir, lora, offload_activations=True)
+        QLoRACausalLM(tiny_llama_dir, lora, compute=ComputeOptions(offload_activations=True))
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
         Settings(config=LlamaConfig(), lora=lora, batch_size=1, seq_len=8, offload_activations=True)
 
@@ -179,7 +181,7 @@ def fit(directory: Path, device: str, offload: bool, cpu_offload: bool, backend:
                 losses.append(float(trainer.callback_metrics["train_loss"]))
 
     compiling = {} if backend is None else {"compile": "default", "compile_backend": backend}
-    module = QLoRACausalLM(
+    module = qlora(
         directory, default_lora(4), learning_rate=1e-2, schedule="constant", checkpoint_activations=True,
         offload_activations=offload, **compiling,
     )  # fmt: skip

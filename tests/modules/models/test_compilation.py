@@ -33,9 +33,11 @@ from lightning_qlora.modules.lora.linear import LoraLinear
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.compilation import compile_region
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from tests.distributed import RankPools, groups
+from tests.training import qlora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -324,7 +326,7 @@ def fit(
     module_options: dict[str, Any] = {"learning_rate": 1e-2, "schedule": "constant", "seed": 3, **options}
     if graphs is not None:
         module_options |= {"compile": "default", "compile_backend": graphs}
-    module = QLoRACausalLM(directory, default_lora(4), checkpoint_activations=True, **module_options)
+    module = qlora(directory, default_lora(4), checkpoint_activations=True, **module_options)
     record = Losses()
     trainer = L.Trainer(
         accelerator=device, devices=dist.get_world_size() if dist.is_initialized() else 1,
@@ -478,7 +480,7 @@ def test_generated_code_adds_the_products_of_adapters_in_place(tiny_llama_dir):
 
 def test_an_unknown_mode_is_refused(tiny_llama_dir):
     with pytest.raises(ValueError, match="compile must be one of 'off', 'default', 'max-autotune', got 'fast'"):
-        QLoRACausalLM(tiny_llama_dir, compile="fast")  # type: ignore[arg-type]
+        QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(compile="fast"))  # type: ignore[arg-type]
 
 
 def test_a_mode_that_the_backend_does_not_know_is_refused(tiny_llama_dir):

@@ -19,8 +19,10 @@ from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
 from lightning_qlora.modules.lora.adapter_files import load_adapter, read_adapter, save_adapter
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from tests.training import qlora
 
 STRATEGIES: dict[str, Callable[[], Strategy | str]] = {"auto": lambda: "auto", "fsdp2": FSDP2Strategy}
 
@@ -245,13 +247,13 @@ def test_attention_is_chosen_by_device_precision_and_data_and_said(monkeypatch, 
     assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16, 0.0).name == "sdpa_repeated_kv"
     assert "Keys and values are repeated" in said.pop()
     with pytest.raises(ValueError, match="attention='flash' needs compute capability"):
-        QLoRACausalLM(tiny_llama_dir, attention="flash")._attention(gpu, torch.float16, 0.0)
+        QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(attention="flash"))._attention(gpu, torch.float16, 0.0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16, 0.0).name == "sdpa"
     assert QLoRACausalLM(tiny_llama_dir, packing=True)._attention(gpu, torch.float16, 0.0).name == "flash"
     assert "packed rows" in said.pop()
     said.clear()
-    windowed = QLoRACausalLM(tiny_llama_dir, sliding_window=3)
+    windowed = QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(sliding_window=3))
     trainer().fit(windowed, loader(batch([6], 1)))
     assert (windowed.model.attention_backend.name, windowed.model.config.attention_window) == ("sdpa", 3)
     assert len(said) == 1
@@ -267,7 +269,7 @@ def test_attention_is_chosen_by_device_precision_and_data_and_said(monkeypatch, 
 )
 def test_attention_that_does_not_exist_is_refused_at_once(tiny_llama_dir, options, message):
     with pytest.raises(ValueError, match=message):
-        QLoRACausalLM(tiny_llama_dir, **options)
+        qlora(tiny_llama_dir, **options)
 
 
 def test_validation_is_the_mean_over_all_tokens(strategy, trainer, tiny_llama_dir, adapter):
@@ -351,9 +353,7 @@ def train(
     save: Path | None = None, steps: int = 4, lora: LoraConfig | None = None, **options: Any,
 ) -> Record:  # fmt: skip
     """Train ``steps`` steps, each of the same two micro-batches within one epoch, and write ``save`` afterwards."""
-    module = QLoRACausalLM(
-        directory, lora or default_lora(4, dropout=0.3), schedule="constant", learning_rate=1e-2, **options
-    )
+    module = qlora(directory, lora or default_lora(4, dropout=0.3), schedule="constant", learning_rate=1e-2, **options)
     record = Record()
     record.losses = [math.nan] * (0 if resume is None else 2)
     fitted = trainer(strategy, max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, callbacks=[record])
@@ -502,7 +502,7 @@ def test_forward_gives_logits_of_a_4_bit_model_once_it_exists(trainer, tiny_llam
 )
 def test_bad_settings_are_refused_at_once(tiny_llama_dir, options, message):
     with pytest.raises(ValueError, match=message):
-        QLoRACausalLM(**{"model_dir": tiny_llama_dir, "lora": default_lora(4), **options})
+        qlora(**{"model_dir": tiny_llama_dir, "lora": default_lora(4), **options})
 
 
 def test_an_adapter_of_another_rank_is_refused_at_once(tiny_llama_dir, adapter):
