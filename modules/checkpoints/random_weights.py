@@ -1,4 +1,4 @@
-"""Llama checkpoints of named shapes with random weights, to measure training without downloading a model.
+"""Checkpoints of named shapes with random weights, to measure training without downloading a model.
 
 The time and memory of a training step depend on shapes and formats alone. Weights are drawn so that activations keep
 their size from layer to layer, which makes losses finite (a little above log V) in 16 bits too.
@@ -13,12 +13,13 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import BitsAndBytesConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from .demo_model import DEMO_MODEL
 from .resolve import resolve_model
@@ -30,53 +31,65 @@ CHECKPOINTS = Path(tempfile.gettempdir()) / "lightning_qlora_benchmarks"
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a Llama, named as in ``LlamaConfig``."""
+class Shape:
+    """A model's family and sizes, named as in its configuration in transformers.
 
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool = False
+    Attributes:
+        model_type: As in ``config.json``.
+        sizes: Attributes of the configuration.
+    """
 
-    def config(self) -> LlamaConfig:
-        """A configuration of these sizes, with Llama 3's rotary base."""
-        return LlamaConfig(
-            **vars(self),
-            architectures=["LlamaForCausalLM"],
-            max_position_embeddings=131072,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            dtype="bfloat16",
-        )
+    model_type: str
+    sizes: dict[str, Any]
 
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of a decoder layer's seven linear layers by name."""
-        h, m = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q, h),
-            "self_attn.k_proj": (kv, h),
-            "self_attn.v_proj": (kv, h),
-            "self_attn.o_proj": (h, q),
-            "mlp.gate_proj": (m, h),
-            "mlp.up_proj": (m, h),
-            "mlp.down_proj": (h, m),
-        }
+    def config(self) -> PretrainedConfig:
+        """A configuration of these sizes, in bfloat16."""
+        config: PretrainedConfig = AutoConfig.for_model(self.model_type, dtype="bfloat16", **self.sizes)
+        config.architectures = [type(self._model(config)).__name__]
+        return config
 
+    def structure(self) -> PreTrainedModel:
+        """transformers' model on the meta device."""
+        return self._model(self.config())
+
+    @staticmethod
+    def _model(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _shape(
+    model_type: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int,
+    **more: Any,
+) -> Shape:  # fmt: skip
+    sizes = {
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab,
+        "tie_word_embeddings": False, "max_position_embeddings": 131072, **more,
+    }  # fmt: skip
+    return Shape(model_type, sizes)
+
+
+_LLAMA3: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+_GEMMA2: dict[str, Any] = {
+    "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
 
 SHAPES = {
-    "tiny": LlamaShape(2, 64, 192, 4, 2, 16, 300),
-    "llama-3.2-1b": LlamaShape(16, 2048, 8192, 32, 8, 64, 128256, tie_word_embeddings=True),
-    "llama-3.1-8b": LlamaShape(32, 4096, 14336, 32, 8, 128, 128256),
-    "qwen2.5-32b": LlamaShape(64, 5120, 27648, 40, 8, 128, 152064),
+    "tiny": _shape("llama", 2, 64, 192, 4, 2, 16, 300, **_LLAMA3),
+    "llama-3.2-1b": _shape("llama", 16, 2048, 8192, 32, 8, 64, 128256, **_LLAMA3, tie_word_embeddings=True),
+    "llama-3.1-8b": _shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA3),
+    "qwen2.5-32b": _shape("qwen2", 64, 5120, 27648, 40, 8, 128, 152064),
+    "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936),
+    "gemma2-2b": _shape("gemma2", 26, 2304, 9216, 8, 4, 256, 256000, **_GEMMA2),
 }
 
 
-def write_random_checkpoint(directory: str | Path, shape: LlamaShape, *, quantized: bool = True, seed: int = 0) -> Path:
+def write_random_checkpoint(directory: str | Path, shape: Shape, *, quantized: bool = True, seed: int = 0) -> Path:
     """Write a transformers directory of ``shape`` with random weights, and return it.
 
     One file a decoder layer, and one for embedding, final norm and head (bfloat16). All decoder layers hold the same
@@ -97,18 +110,22 @@ def write_random_checkpoint(directory: str | Path, shape: LlamaShape, *, quantiz
     directory.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     make = _nf4_weight if quantized else _dense_weight
+    config, structure = shape.config(), shape.structure()
     layer: dict[str, Tensor] = {}
-    for name, size in shape.projections().items():
-        layer |= make(f"{name}.weight", size, generator)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        layer[f"{name}.weight"] = torch.ones(shape.hidden_size, dtype=torch.bfloat16)
-    table = (shape.vocab_size, shape.hidden_size)
-    ends = {"model.norm.weight": torch.ones(shape.hidden_size, dtype=torch.bfloat16)}
-    ends |= _dense_weight("model.embed_tokens.weight", table, generator)
-    if not shape.tie_word_embeddings:
-        ends |= _dense_weight("lm_head.weight", table, generator)
-
-    config = shape.config()
+    for name, parameter in structure.model.layers[0].named_parameters():
+        if parameter.ndim == 2:
+            layer |= make(name, tuple(parameter.shape), generator)
+        else:
+            layer[name] = _vector(name, parameter, shape)
+    ends: dict[str, Tensor] = {}
+    for name, parameter in structure.named_parameters():  # visits a tied weight once
+        if ".layers." not in name:
+            matrix = parameter.ndim == 2
+            ends |= (
+                _dense_weight(name, tuple(parameter.shape), generator)
+                if matrix
+                else {name: _vector(name, parameter, shape)}
+            )
     if quantized:
         config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -116,7 +133,7 @@ def write_random_checkpoint(directory: str | Path, shape: LlamaShape, *, quantiz
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         ).to_dict()
-    files = [{f"model.layers.{i}.{name}": t for name, t in layer.items()} for i in range(shape.num_hidden_layers)]
+    files = [{f"model.layers.{i}.{name}": t for name, t in layer.items()} for i in range(config.num_hidden_layers)]
     files.append(ends)
     weight_map: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
@@ -140,8 +157,8 @@ def checkpoint_of(name: str, directory: Path = CHECKPOINTS, quantized: bool = Tr
     path, shape = directory / f"{name}-{'4bit' if quantized else 'bf16'}", SHAPES[name]
     if not path.exists():
         return write_random_checkpoint(path, shape, quantized=quantized)
-    config = LlamaConfig.from_pretrained(path)
-    if any(getattr(config, size) != value for size, value in vars(shape).items()):
+    config = AutoConfig.from_pretrained(path)
+    if any(getattr(config, size) != value for size, value in shape.sizes.items() if size != "rope_parameters"):
         raise ValueError(f"{path} holds a model of other sizes than {shape}. Remove it.")
     return path
 
@@ -151,6 +168,12 @@ def model_or_random_weights(model: str | None) -> Path:
     if model is None and torch.cuda.is_available():
         return checkpoint_of("llama-3.2-1b")
     return resolve_model(model or DEMO_MODEL)
+
+
+def _vector(name: str, parameter: Tensor, shape: Shape) -> Tensor:
+    """A norm's weight that leaves its input as it is (Gemma's is added to 1), or a bias of zeros."""
+    ones = "norm" in name and not shape.model_type.startswith("gemma")
+    return torch.full(parameter.shape, float(ones), dtype=torch.bfloat16)
 
 
 def _dense_weight(name: str, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:

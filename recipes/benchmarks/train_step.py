@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_qlora.modules.checkpoints.random_weights import CHECKPOINTS, SHAPES, LlamaShape, checkpoint_of
+from lightning_qlora.modules.checkpoints.random_weights import CHECKPOINTS, SHAPES, Shape, checkpoint_of
 from lightning_qlora.modules.cli import Only, positive, run_recipe
 from lightning_qlora.modules.distributed.collectives import end_process_group, gather_objects, is_distributed
 from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
@@ -64,7 +64,7 @@ COMPUTE_FLAGS = Only("checkpoint_activations", "offload_activations", "compile")
 
 
 def main(
-    shape: Literal["tiny", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b"] | None = None,
+    shape: Literal["tiny", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-32b", "qwen3-8b", "gemma2-2b"] | None = None,
     batch_size: int = 2,
     seq_len: int | None = None,
     memory_cap_gib: float | None = None,
@@ -166,12 +166,12 @@ def main(
     return 0
 
 
-def random_batches(shape: LlamaShape, batch_size: int, seq_len: int, count: int, rank: int) -> list[dict[str, Any]]:
+def random_batches(shape: Shape, batch_size: int, seq_len: int, count: int, rank: int) -> list[dict[str, Any]]:
     """``count`` batches for a rank, in the form that QLoRACausalLM takes: input_ids and labels int64 [B, S]."""
     generator = torch.Generator().manual_seed(rank)
     batches = []
     for _ in range(count):
-        ids = torch.randint(shape.vocab_size, (batch_size, seq_len), generator=generator)
+        ids = torch.randint(shape.sizes["vocab_size"], (batch_size, seq_len), generator=generator)
         batches.append({"input_ids": ids, "labels": ids, "num_loss_tokens": batch_size * (seq_len - 1)})
     return batches
 
@@ -367,8 +367,10 @@ def train_peer(
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(end_process_group)
     meter.begin(device)
+    capped = getattr(AutoConfig.from_pretrained(directory), "attn_logit_softcapping", None) is not None
+    attention = "eager" if capped else "sdpa"  # which is what transformers takes for Gemma 2 by itself
     model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
+        directory, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -387,7 +389,7 @@ def train_peer(
             fsdp_version=2,
             reshard_after_forward=True,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            transformer_cls_names_to_wrap=[type(model.get_base_model().model.layers[0]).__name__],
             cpu_ram_efficient_loading=False,
         )
         mixed = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
