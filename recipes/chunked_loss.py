@@ -39,8 +39,7 @@ from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
 from lightning_qlora.modules.hardware import capabilities, default_precision, peak_mib
 from lightning_qlora.modules.losses import functional as losses
-from lightning_qlora.modules.losses.chunked import linear_loss
-from lightning_qlora.modules.losses.head import linear_cross_entropy
+from lightning_qlora.modules.losses import linear_cross_entropy, linear_loss
 from lightning_qlora.modules.models.causal_lm import specialize
 from lightning_qlora.modules.models.families import FAMILIES
 from lightning_qlora.modules.training.run_directory import writable_directory

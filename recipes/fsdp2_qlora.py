@@ -1,4 +1,4 @@
-r"""Finetune a Llama with QLoRA, its 4-bit base sharded over GPUs by FSDP2.
+r"""Finetune a language model with QLoRA, its 4-bit base sharded over GPUs by FSDP2.
 
     python recipes/fsdp2_qlora.py --devices 2
     python recipes/fsdp2_qlora.py --devices 2 --model meta-llama/Llama-3.1-8B-Instruct --dataset chats.jsonl \

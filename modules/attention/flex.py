@@ -67,7 +67,10 @@ class FlexAttention(AttentionBackend):
         alone = query.is_cuda and not torch.compiler.is_compiling()
         flex: Any = _compiled(flex_attention) if alone else flex_attention
         mask = prepared[window].mask(query.shape[2])
-        cap = {} if softcap is None else {"score_mod": _capped(softcap)}
+        cap: dict[str, Any] = {}
+        if softcap is not None:
+            # Compiled by itself, with dynamic shapes, a number would become an input that flex attention does not take.
+            cap["score_mod"] = _capped(query.new_full((), softcap, dtype=torch.float32) if alone else softcap)
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=True, **cap).transpose(1, 2), None
 
 
@@ -123,7 +126,7 @@ def _visible(documents: Tensor | None, window: int | None) -> Callable[[Tensor, 
     return visible
 
 
-def _capped(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _capped(cap: float | Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 

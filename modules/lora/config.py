@@ -42,7 +42,7 @@ class LoraOptions:
     """LoRA adapters.
 
     Args:
-        lora_r: Rank of the adapters, which are added to all seven projections of each decoder layer.
+        lora_r: Rank of the adapters, which are added to all linear layers of each decoder layer.
         lora_alpha: Adapter updates are scaled by lora_alpha / lora_r. null means 2 * lora_r.
         lora_dropout: Probability of dropping an element of an adapter's input.
         init_adapter: Directory of a peft adapter with the same rank and alpha, to continue from.

@@ -74,8 +74,8 @@ def test_exits_with_1_if_more_than_rounding_differs(
     figures: list[float], plain: list[float], chunked: list[float], wrong: str | None, recipe: ModuleType,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    def finetune(kind: Any, *_: Any) -> dict[str, Any]:
-        return {"losses": chunked if chunked else plain, "peak_mib": 1.0}
+    def finetune(in_chunks: bool, *_: Any) -> dict[str, Any]:
+        return {"losses": chunked if in_chunks else plain, "peak_mib": 1.0}
 
     monkeypatch.setattr(recipe, "differences", lambda _: {"cross-entropy": [0.0, 0.0, 0.0], "focal": figures})
     monkeypatch.setattr(recipe, "finetune", finetune)

@@ -51,10 +51,11 @@ def trainer(device: str, strategy: Any, **options: Any) -> L.Trainer:
 class Poisoned(QLoRACausalLM):
     """In the second step, the first micro-batch of the last rank has a loss of NaN."""
 
-    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        loss = super()._loss_sum(batch)
+    def loss_sum(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        loss, tokens = super().loss_sum(batch)
         last = self.global_rank == self.trainer.world_size - 1
-        return loss * math.nan if last and self.trainer.fit_loop.epoch_loop.batch_idx == 2 else loss
+        poisoned = last and self.trainer.fit_loop.epoch_loop.batch_idx == 2
+        return loss * math.nan if poisoned else loss, tokens
 
 
 class Overflowing(QLoRACausalLM):

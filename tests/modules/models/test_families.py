@@ -5,17 +5,21 @@ The models have each kind of layer that their family knows: windows, layers with
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
+from lightning_qlora.modules.dtensor import copy_local_rows
 from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.lora.adapter_files import load_adapter, save_adapter
 from lightning_qlora.modules.lora.config import default_lora
@@ -23,6 +27,8 @@ from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.families import FAMILIES, Family, layer_windows, load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
+from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
+from tests.distributed import RankPools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,7 +200,7 @@ class Graphs:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         self.count += 1
-        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+        return torch._dynamo.lookup_backend("eager")(graph, inputs)
 
 
 @pytest.fixture
@@ -267,6 +273,57 @@ def test_greedy_tokens_are_those_of_transformers(model, stock):
     peer = with_adapters(stock, model).eval()
     model.eval()
     assert torch.equal(model.generate(input_ids=ids, **options), peer.generate(input_ids=ids, **options))
+
+
+def sharded_step(directory: Path) -> tuple[float, dict[str, Tensor]]:
+    """Loss and full gradients of the adapters on this rank; every rank takes the same batch."""
+    checkpoint = SafetensorsCheckpoint(directory)
+    model = build_model(
+        checkpoint, default_lora(4), attention=attention_for(FAMILIES[load_config(directory).model_type])
+    )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for group in [*model.shard_groups(), [model]]:
+        fully_shard(group, mesh=mesh)
+    materialize(model, checkpoint, torch.device("cpu"), seed=0)
+    for number, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        if "lora_B" in name:
+            copy_local_rows(
+                parameter, torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.1
+            )
+    ids = token_ids()
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {name: gradient.full_tensor() for name, gradient in gradients(model).items()}
+
+
+def test_two_ranks_of_fsdp2_equal_one(ranks: RankPools, directory, model):
+    for layer in model.model.layers:
+        layer.checkpoint_activations = False
+    ids = token_ids()
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected = gradients(model)
+    for found, grads in ranks.run(2, "cpu", sharded_step, directory):
+        assert found == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_plan_knows_the_bytes_of_the_weights(directory, model):
+    config = load_config(directory)
+    plan = plan_memory(Settings(config=config, lora=default_lora(4), batch_size=1, seq_len=8, precision="32-true"))
+    layers = {id(p) for p in model.model.layers.parameters()}
+    parameters = [*model.parameters()]
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    held = {
+        "4-bit layers": size(p for p in parameters if id(p) in layers and not p.requires_grad),
+        "embeddings and head": size(p for p in parameters if id(p) not in layers),
+        "adapters": size(p for p in parameters if p.requires_grad),
+        "statistics": size(b for m in model.modules() if isinstance(m, NF4Linear) for b in m.buffers()),
+    }
+    assert {part: plan.moments["step"][part] for part in held} == held
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -244,13 +244,13 @@ def test_attention_is_chosen_by_device_precision_and_data_and_said(monkeypatch, 
     said: list[str] = []
     monkeypatch.setattr("lightning_qlora.modules.training.base.rank_zero_info", said.append)
     gpu = torch.device("cuda", 0)
-    assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16, 0.0).name == "sdpa_repeated_kv"
+    assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16).name == "sdpa_repeated_kv"
     assert "Keys and values are repeated" in said.pop()
     with pytest.raises(ValueError, match="attention='flash' needs compute capability"):
-        QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(attention="flash"))._attention(gpu, torch.float16, 0.0)
+        QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(attention="flash"))._attention(gpu, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16, 0.0).name == "sdpa"
-    assert QLoRACausalLM(tiny_llama_dir, packing=True)._attention(gpu, torch.float16, 0.0).name == "flash"
+    assert QLoRACausalLM(tiny_llama_dir)._attention(gpu, torch.float16).name == "sdpa"
+    assert QLoRACausalLM(tiny_llama_dir, packing=True)._attention(gpu, torch.float16).name == "flash"
     assert "packed rows" in said.pop()
     said.clear()
     windowed = QLoRACausalLM(tiny_llama_dir, compute=ComputeOptions(sliding_window=3))
