@@ -112,6 +112,7 @@ def main(
     module = QLoRACausalLM(
         directory,
         lora.config(),
+        loss=optimization.loss,
         learning_rate=optimization.lr,
         warmup_steps=optimization.warmup_steps,
         compute=compute,

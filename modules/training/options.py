@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..losses import cross_entropy
 from ..options import at_least
 
 
@@ -18,6 +22,8 @@ class OptimizationOptions:
         lr: Peak learning rate. It rises over the first 5 % of the steps, then decays to 0 on a cosine.
         clip_norm: Gradients are scaled down to this global norm if theirs is larger. 0 means no clipping.
         seed: Seed of adapter initialization, data order and dropout.
+        label_smoothing: Share of each target that is spread evenly over the vocabulary, in training and validation.
+        z_loss: Weight of the squared log-normalizer in the loss, which keeps logits from drifting (PaLM took 1e-4).
 
     Raises:
         ValueError: For values out of range.
@@ -27,6 +33,8 @@ class OptimizationOptions:
     lr: float = 3e-4
     clip_norm: float = 1.0
     seed: int = 0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(1, max_steps=self.max_steps)
@@ -35,6 +43,17 @@ class OptimizationOptions:
             raise ValueError(f"--lr: learning_rate must be a positive finite number, got {self.lr}.")
         if not self.clip_norm >= 0:
             raise ValueError(f"--clip_norm must be 0 (no clipping) or larger, got {self.clip_norm}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label_smoothing must be at least 0 and below 1, got {self.label_smoothing}.")
+        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
+            raise ValueError(f"--z_loss must be a finite number of at least 0, got {self.z_loss}.")
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """The function of logits and labels that is trained."""
+        if not (self.label_smoothing or self.z_loss):
+            return cross_entropy
+        return functools.partial(cross_entropy, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
     @property
     def warmup_steps(self) -> int:

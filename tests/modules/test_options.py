@@ -1,10 +1,12 @@
 """Groups of options: whoever builds one is told what is wrong with it, and each field has its line of help."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions
 from lightning_qlora.modules.cli import flags_of
@@ -13,6 +15,7 @@ from lightning_qlora.modules.distributed.strategies import StrategyOptions
 from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
 from lightning_qlora.modules.hardware import Precision, PrecisionChoice
 from lightning_qlora.modules.lora.config import LoraOptions, default_lora
+from lightning_qlora.modules.losses import cross_entropy
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 
@@ -72,6 +75,17 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
     assert (
         LoraOptions(lora_r=16, lora_alpha=8, lora_dropout=0.5).config().to_dict() == default_lora(16, 8, 0.5).to_dict()
     )
+
+
+def test_the_loss_is_cross_entropy_with_what_is_asked_for() -> None:
+    assert OptimizationOptions().loss is cross_entropy
+    logits, labels = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 6])
+    found = OptimizationOptions(label_smoothing=0.1, z_loss=1e-2).loss(logits, labels)
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(found, expected + 1e-2 * logits.logsumexp(-1).square())
+    for wrong in ({"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}, {"z_loss": math.inf}):
+        with pytest.raises(ValueError, match=f"--{next(iter(wrong))} must be"):
+            OptimizationOptions(**wrong)
 
 
 def test_a_twentieth_of_the_steps_warms_up() -> None:
