@@ -256,10 +256,3 @@ def _frozen(*size: int, dtype: torch.dtype | None, device: torch.device | str | 
 def as_storage(packed: Tensor) -> Tensor:
     """View uint8 ``packed`` [n] as ``STORAGE_DTYPE`` [ceil(n / 4)], padded with zero bytes to whole elements."""
     return F.pad(packed, (0, -packed.numel() % _BYTES)).view(STORAGE_DTYPE)
-
-
-def check_mixed_precision_policy(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
-    """Call :meth:`NF4Linear.check_mixed_precision_policy` on every 4-bit layer in ``module``."""
-    for name, child in module.named_modules():
-        if isinstance(child, NF4Linear):
-            child.check_mixed_precision_policy(policy, name)
