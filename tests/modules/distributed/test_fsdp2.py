@@ -173,9 +173,7 @@ def test_a_module_may_refuse_the_mixed_precision_policy_before_anything_is_shard
 def test_a_policy_that_would_convert_4bit_weights_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), NF4Linear(8, 8))
     policy = MixedPrecisionPolicy(param_dtype=torch.float16)
-    with pytest.raises(
-        ValueError, match=r"^1: MixedPrecisionPolicy\(.*would convert the packed"
-    ):
+    with pytest.raises(ValueError, match=r"^1: MixedPrecisionPolicy\(.*would convert the packed"):
         FSDP2Strategy(mp_policy=policy).shard(model, [[model[1]]])
 
 

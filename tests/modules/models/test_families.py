@@ -23,7 +23,7 @@ from lightning_qlora.modules.dtensor import copy_local_rows
 from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.lora.adapter_files import load_adapter, save_adapter
 from lightning_qlora.modules.lora.config import default_lora
-from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.build import build_model, build_structure, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.families import FAMILIES, Family, layer_windows, load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
@@ -342,3 +342,14 @@ def test_a_window_of_ones_own_is_for_models_without(tmp_path):
         layer_windows(config, 4)
     config.sliding_window = None
     assert layer_windows(config, 4) == [4, 4]
+
+
+def test_experts_that_would_stay_unquantized_are_refused(monkeypatch):
+    moe = Family("Qwen3 with experts", "qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", moe)
+    config = moe.model_class.config_class(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=32,
+        num_experts=4, num_experts_per_tok=2, vocab_size=90, decoder_sparse_step=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts.*mixtures of experts are not supported"):
+        build_structure(config, default_lora(4))
