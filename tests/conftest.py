@@ -105,6 +105,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """Nothing is compiled yet, and nothing that the test compiles stays."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dirs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """16-bit checkpoints.

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsChe
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
+from tests.graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,25 +374,6 @@ def test_a_step_makes_no_tensor_of_the_size_of_a_mask(tiny_llama_dir, window):
 # --- graphs
 
 
-@pytest.fixture
-def _forget_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that counts the graphs it gets."""
-
-    def __init__(self, backend: str) -> None:
-        self.count = 0
-        self.compile = torch._dynamo.lookup_backend(backend)
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return self.compile(graph, inputs)
-
-
 SHAPES = [
     packed([5, 1, 129], [65, 70]), packed([130, 20], [150]), packed([64, 64, 64], [192], [100, 92]),
     packed([200], [150, 50]), packed([7] * 20, [140]), packed([128, 128], [256]), packed([1, 299], [300]),
@@ -400,7 +381,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("window", [None, 30])
 def test_one_graph_for_all_documents(tiny_llama_dir, window):
     graphs = Graphs("aot_eager")
@@ -417,7 +398,7 @@ def test_one_graph_for_all_documents(tiny_llama_dir, window):
     assert graphs.count == 3  # rotary embedding, the layers, the last norm
 
 
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_is_one_graph_for_all_documents(tiny_llama_dir):
@@ -484,7 +465,7 @@ def test_the_memory_efficient_kernel_takes_it_and_holds_no_scores():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", ["sdpa", "sdpa_repeated_kv", "flash", "flex", "xformers"])

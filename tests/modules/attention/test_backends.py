@@ -37,6 +37,7 @@ from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from tests.graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -517,25 +518,6 @@ def test_what_plain_products_with_a_mask_cannot_do_is_refused(name):
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 
-@pytest.fixture
-def _forget_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend of torch.compile that counts the graphs it gets."""
-
-    def __init__(self, backend: str) -> None:
-        self.count = 0
-        self.compile = torch._dynamo.lookup_backend(backend)
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return self.compile(graph, inputs)
-
-
 SHAPES = [[[5, 1, 129], [65, 70]], [[64, 64, 64], [192], [100, 92]], [[7] * 20, [140]], [[64, 66], [129, 1]]]
 
 
@@ -571,7 +553,7 @@ def train_shapes(
     return graphs.count
 
 
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize(("backend", "windows"), [("sdpa", [None, 30]), ("eager", [None, 30]), ("eager", [30, 30])])
 def test_a_graph_per_window_and_none_more(tiny_llama_dir, backend, windows):
     """Rotary embedding, norm, and for the layers one per window; as many again for plain rows, whose inputs differ."""
@@ -586,7 +568,7 @@ def test_a_graph_per_window_and_none_more(tiny_llama_dir, backend, windows):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [64, 256])
@@ -614,7 +596,7 @@ def test_soft_caps_of_flex_on_a_gpu(needs_attention, dtype, compiled, width):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "flex", "eager"])
 def test_a_graph_per_window_on_a_gpu(tiny_llama_dir, needs_attention, backend):
     needs_attention(backend, torch.float16)

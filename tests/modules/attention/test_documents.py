@@ -1,6 +1,6 @@
 """Attention inside documents against plain products with a full mask: values, gradients, memory, graphs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from lightning_qlora.modules.attention import attention_inputs
 from lightning_qlora.modules.attention.documents import DocumentKernel, Documents, _layout, document_attention
 from lightning_qlora.modules.attention.transformers_interface import attention as attention_of_layers
 from lightning_qlora.modules.autograd_in_operators import with_autograd
+from tests.graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,24 +152,10 @@ def test_operators_are_what_they_say(window):
     )
 
 
-@pytest.fixture
-def _forget_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 def test_one_graph_takes_any_documents():
-    graphs = 0
-    backend = torch._dynamo.lookup_backend("aot_eager")
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return backend(graph, inputs)
-
-    compiled = torch.compile(document_attention, backend=count, fullgraph=True)
+    graphs = Graphs("aot_eager")
+    compiled = torch.compile(document_attention, backend=graphs, fullgraph=True)
     for lengths in ([5, 1, 3], [2, 2], [40, 7], [1] * 8, [30], [3, 300], [6, 5, 4, 3, 2, 1], [100, 100]):
         tensors = qkv(sum(lengths))
         documents = Documents.of("sdpa", [lengths], CPU)
@@ -176,11 +163,11 @@ def test_one_graph_takes_any_documents():
             torch._dynamo.mark_dynamic(tensor, 0)
         found = results(compiled, tensors, documents=documents, window=None, scale=SCALE)
         torch.testing.assert_close(found, results(reference, tensors, lengths, None), rtol=1e-10, atol=1e-10)
-    assert graphs == 1
+    assert graphs.count == 1
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_forget_graphs")
+@pytest.mark.usefixtures("fresh_graphs")
 def test_inductor_computes_the_same():
     def layer(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
         return document_attention(query * 2, key.sin(), value, documents=documents, window=4, scale=SCALE).cos()

@@ -4,7 +4,6 @@ Shapes: B samples, S tokens a sample.
 """
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,10 @@ from lightning_qlora.modules.training.memory_plan import Settings
 from tests.distributed import RankPools, groups
 from tests.training import qlora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_graphs")
 
 #: With the graphs of the default backend, run as they are.
 COMPILED = "aot_eager_decomp_partition"
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def load(

@@ -9,7 +9,7 @@ Shapes: B samples, S tokens a sample.
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,30 +37,12 @@ from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
 from tests.distributed import RankPools, groups
+from tests.graphs import Graphs
 from tests.training import qlora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_graphs")
 
 HIDDEN = 64  # of the tiny Llama
-
-
-class Graphs:
-    """A backend that counts the graphs it gets."""
-
-    def __init__(self, backend: str = "aot_eager_decomp_partition") -> None:
-        self.count = 0
-        self.compile = torch._dynamo.lookup_backend(backend)
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return self.compile(graph, inputs)
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def load(directory: Path, lora: LoraConfig | None = None, **options: Any) -> QLoRAForCausalLM:

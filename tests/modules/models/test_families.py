@@ -5,7 +5,7 @@ The models have each kind of layer that their family knows: windows, layers with
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lightning_qlora.modules.models.families import FAMILIES, Family, layer_wind
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
 from tests.distributed import RankPools
+from tests.graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,26 +195,8 @@ def test_packed_rows_equal_their_documents_alone(model):
     torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
 
 
-class Graphs:
-    """A backend of torch.compile that counts its graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        self.count += 1
-        return torch._dynamo.lookup_backend("eager")(graph, inputs)
-
-
-@pytest.fixture
-def no_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_each_kind_of_layer_is_one_graph_for_all_lengths(no_graphs, family, directory, model):
-    graphs = Graphs()
+def test_each_kind_of_layer_is_one_graph_for_all_lengths(fresh_graphs, family, directory, model):
+    graphs = Graphs("eager")
     compiled = load(directory, backend=graphs, checkpoint_activations=True)
     rotary = 2 if family.model_type == "gemma3_text" else 1  # its frequencies differ by type of layer
     for shape in [(2, 9), (3, 12), (2, 20), (4, 64), (5, 33)]:
