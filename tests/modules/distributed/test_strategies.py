@@ -109,7 +109,7 @@ def train(
     trainer.fit(module, DataLoader(batches(0 if resume is None else resume_at), batch_size=None), **resumed)
     for name_, parameter in module.named_parameters():
         if name_ in base:
-            local = [getattr(t, "to_local", lambda t=t: t)() for t in (parameter.detach(), base[name_])]
+            local = [getattr(t, "to_local", lambda t=t: t)().cpu() for t in (parameter.detach(), base[name_])]
             assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in local)), f"{name_} was changed"
     adapters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     return (
