@@ -145,9 +145,9 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
     """Parse the command line into ``main``'s parameters and call it.
 
     Every parameter becomes a flag with its type, default and docstring line, or, if it is a group, several flags under
-    a title of their own. Booleans can be given bare (``--resume``) or as ``--resume=false``; ``--config file.yaml``
-    reads flags from a file. A ``ValueError``, of a group's checks or from ``main``, is a user's mistake: it is printed
-    as one message without a traceback.
+    a title of their own. Flags that may be booleans can be given bare (``--resume``) or as ``--resume=false``;
+    ``--config file.yaml`` reads flags from a file. A ``ValueError``, of a group's checks or from ``main``, is a user's
+    mistake: it is printed as one message without a traceback.
 
     Returns:
         The exit status: ``main``'s, 0 if that is ``None``, or 2 after a ``ValueError``.
@@ -166,6 +166,8 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
         options: dict[str, Any] = {"type": flag.type}
         if flag.type is bool:
             options = {"action": ActionYesNo, "nargs": "?"}
+        elif bool in get_args(flag.type):
+            options |= {"nargs": "?", "const": True}
         required = flag.default is dataclasses.MISSING
         options |= {"required": True} if required else {"default": flag.default}
         sections[flag.title].add_argument(f"--{flag.name}", help=flag.help, **options)

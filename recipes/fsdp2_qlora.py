@@ -2,7 +2,7 @@ r"""Finetune a language model with QLoRA, its 4-bit base sharded over GPUs by FS
 
     python recipes/fsdp2_qlora.py --devices 2
     python recipes/fsdp2_qlora.py --devices 2 --model meta-llama/Llama-3.1-8B-Instruct --dataset chats.jsonl \
-        --checkpoint_activations --compile default
+        --compile default
 
 Each device holds its share of the packed 4-bit weights; layers are gathered as 4-bit bytes and dequantized inside the
 matrix products. Without flags it finetunes SmolLM2-135M-Instruct on API cards made from Python's own documentation: no
@@ -15,6 +15,7 @@ checkpoints to --output_dir. Ctrl-C saves a checkpoint; --resume goes on from th
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -84,14 +85,17 @@ def main(
             batch_size=batch.batch_size,
             seq_len=batch.seq_len,
             accumulate=batch.accumulate,
-            compute_capability=device.compute_capability,
+            device=device,
         )
     )
-    too_much = plan.check(device.memory_bytes) if device.device_type == "cuda" else None
+    compute = replace(compute, checkpoint_activations=plan.settings.recomputed)
+    too_much = plan.check()
     if rank_zero_only.rank == 0 and (run.dry_run or too_much):
         print(plan.table(), too_much or "", sep="\n", flush=True)
     if run.dry_run:
         return int(too_much is not None)
+    if rank_zero_only.rank == 0 and device.device_type == "cuda":
+        print(plan.checkpointing, flush=True)
     files = RunDirectory(run.output_dir)
     if rank_zero_only.rank == 0:
         checkpoint = files.start(run.resume, flags)

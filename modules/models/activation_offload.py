@@ -6,19 +6,21 @@ too, which FSDP2 frees and gathers again by itself; here it is the one tensor th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def check_offload(*, checkpoint_activations: bool, offload_activations: bool) -> None:
+def check_offload(*, checkpoint_activations: Any, offload_activations: bool) -> None:
     """Refuse to move activation checkpoints to the host where there are none.
 
     Raises:
         ValueError: For ``offload_activations`` without ``checkpoint_activations``.
     """
-    if offload_activations and not checkpoint_activations:
+    if offload_activations and checkpoint_activations in (0, "none"):
         raise ValueError(
             "offload_activations moves activation checkpoints to the host, but checkpoint_activations is off: there "
             "are none. Set checkpoint_activations too, or leave offload_activations out."

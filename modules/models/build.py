@@ -22,6 +22,7 @@ from ..lora.linear import LoraLinear
 from ..quantization.nf4_linear import NF4Linear
 from .activation_offload import check_offload
 from .causal_lm import QLoRAForCausalLM, specialize
+from .decoder_layer import CheckpointChoice, recomputed_layers
 from .families import family_of, layer_windows, load_config
 
 
@@ -32,7 +33,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     attention: str | AttentionBackend = "sdpa",
     sliding_window: int | None = None,
-    checkpoint_activations: bool = False,
+    checkpoint_activations: CheckpointChoice = False,
     offload_activations: bool = False,
 ) -> QLoRAForCausalLM:
     """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
@@ -46,7 +47,8 @@ def build_model(
         dtype: Of embeddings, norms and head.
         attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose, or its name.
         sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
-        checkpoint_activations: Recompute each decoder layer in backward (non-reentrant).
+        checkpoint_activations: Recompute all decoder layers in backward (non-reentrant), none, or the first so many.
+            ``"auto"`` is for a memory plan to decide, and refused here.
         offload_activations: Keep the inputs of recomputed layers in host memory.
 
     Raises:
@@ -68,7 +70,7 @@ def build_structure(
     dtype: torch.dtype = torch.float32,
     attention: str | AttentionBackend = "sdpa",
     sliding_window: int | None = None,
-    checkpoint_activations: bool = False,
+    checkpoint_activations: CheckpointChoice = False,
     offload_activations: bool = False,
 ) -> QLoRAForCausalLM:
     """:func:`build_model` from a configuration alone, as :func:`~.families.load_config` returns it.
@@ -97,8 +99,12 @@ def build_structure(
     model = specialize(stock, family, attention=find_backend(attention), windows=windows)
     _quantize(model.model, stored, dtype)
     _cast_unquantized(model, dtype)
-    for layer in model.model.layers:
-        layer.checkpoint_activations, layer.offload_activations = checkpoint_activations, offload_activations
+    recomputed = recomputed_layers(checkpoint_activations, len(model.model.layers))
+    if not isinstance(recomputed, int):
+        raise ValueError("checkpoint_activations='auto' needs a memory plan, which gives a number: pass that.")
+    for index, layer in enumerate(model.model.layers):
+        # The first ones: when their turn comes in backward, what the others kept is free again.
+        layer.checkpoint_activations, layer.offload_activations = index < recomputed, offload_activations
     lora = with_targets(check_lora(lora), family.projections)
     injected = copy.copy(lora)
     injected._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore

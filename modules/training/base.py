@@ -33,8 +33,10 @@ from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
 from ..lora.config import check_lora, default_lora, with_targets
 from ..models.build import build_model, materialize
 from ..models.causal_lm import QLoRAForCausalLM
+from ..models.decoder_layer import CheckpointChoice
 from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
 from ..models.options import ComputeOptions
+from .memory_plan import CONTEXT_BYTES, GIB, NCCL_BYTES
 from .optimizer import ShardAdamW, global_norm, gradients, scale_
 from .resume_identity import BaseIdentity
 
@@ -140,7 +142,7 @@ class QLoRAModule(L.LightningModule):
         attention = self._attention(device, dtype)
         model = build_model(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.compute.sliding_window,
-            checkpoint_activations=self.compute.checkpoint_activations,
+            checkpoint_activations=self._checkpoints(device),
             offload_activations=self.compute.offload_activations,
         )  # fmt: skip
         model.compile_regions(self.compute.compile, backend=self.compile_backend)
@@ -152,6 +154,23 @@ class QLoRAModule(L.LightningModule):
         if self.init_adapter is not None:
             load_adapter(model, self.init_adapter, self.lora)
         self.model = model
+
+    def _checkpoints(self, device: torch.device) -> CheckpointChoice:
+        """Which layers are recomputed, where nobody has planned it: on a GPU all of them. And the memory's limit."""
+        limit, choice = self.compute.memory_limit_gib, self.compute.checkpoint_activations
+        if device.type != "cuda":
+            return self.compute.offload_activations if choice == "auto" else choice
+        if limit is not None:
+            outside = CONTEXT_BYTES + (NCCL_BYTES if self.trainer.world_size > 1 else 0)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit * GIB - outside) / total), device)
+        if choice != "auto":
+            return choice
+        rank_zero_info(
+            "Activation checkpointing: all decoder layers are recomputed in backward, because no memory plan was made. "
+            "plan_memory() says how many need to be; pass that number as checkpoint_activations."
+        )
+        return True
 
     def _attention(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """The backend, after having said which and why."""

@@ -21,8 +21,8 @@ with dropout instead   c W + W, on a CPU 2 c W  x [T, W] of each projection afte
 =====================  =======================  =====================================================================
 
 Mixed precision also keeps the compute-dtype copies of A and B. While it runs, a layer needs more: see
-``_working_bytes``. Of a compiled layer that is not checkpointed the compiler decides what to keep; the figures are an
-upper bound then.
+``_working_bytes``. A compiled layer that is not checkpointed keeps less, because it computes elementwise results again:
+``_kept_compiled``. ``checkpoint_activations="auto"`` takes the fewest recomputed layers that fit the device.
 
 Shapes: B samples a device, S tokens a sample, T = B S, H hidden size, I intermediate size, Q and K widths of queries
 and of keys, R LoRA rank, V vocabulary. A *rank* is a process with its device.
@@ -44,11 +44,12 @@ from transformers import PretrainedConfig
 from ..attention.backend import FLASH_CAPABILITY
 from ..attention.sdpa import SDPA_REPEATED_KV, sdpa_backend
 from ..distributed.strategies import StrategyOptions
-from ..hardware import Precision, check_precision, compute_dtype
+from ..hardware import Capabilities, Precision, check_precision, compute_dtype
 from ..lora.config import is_adapter
 from ..losses.chunked import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 from ..models.activation_offload import check_offload
 from ..models.build import build_structure
+from ..models.decoder_layer import CheckpointChoice, recomputed_layers
 from ..models.families import attention_softcap, head_dim
 from ..models.options import ComputeOptions
 from ..quantization import NF4Linear
@@ -76,8 +77,10 @@ class Settings:
         strategy: As of ``build_strategy``.
         precision: Of the Trainer.
         offload: FSDP2 keeps parameters, gradients and optimizer state on the host.
-        checkpoint_activations: Each decoder layer is recomputed in backward.
-        offload_activations: What it is recomputed from waits on the host.
+        checkpoint_activations: How many decoder layers are recomputed in backward, the first ones; ``True`` for all.
+            ``"auto"``: as few as fit into ``limit_bytes``, or none without a limit; :func:`plan_memory` finds how many.
+        offload_activations: What they are recomputed from waits on the host.
+        limit_bytes: What a process may take of its device.
         compile: Whether decoder layers are compiled.
         accumulate: Micro-batches a step; above 1 gradients are there all the time, unsharded until the last.
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
@@ -99,7 +102,7 @@ class Settings:
     strategy: Literal["fsdp2", "ddp", "single"] = "fsdp2"
     precision: Precision = "16-mixed"
     offload: bool = False
-    checkpoint_activations: bool = False
+    checkpoint_activations: CheckpointChoice = False
     offload_activations: bool = False
     compile: bool = False
     accumulate: int = 1
@@ -107,6 +110,7 @@ class Settings:
     prefetch: int = 0
     shard_size: int | None = None
     compute_capability: tuple[int, int] | None = None
+    limit_bytes: int | None = None
     model: _Model = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     @classmethod
@@ -120,16 +124,20 @@ class Settings:
         batch_size: int,
         seq_len: int,
         accumulate: int = 1,
-        compute_capability: tuple[int, int] | None = None,
+        device: Capabilities | None = None,
     ) -> Settings:
-        """From the groups of flags; ``a precision of ``"auto"`` is this machine's."""
+        """From the groups of flags; a precision of ``"auto"`` is this machine's. ``device`` is ``None`` for a CPU."""
+        device = device if device is not None and device.device_type == "cuda" else None
+        limit = None if compute.memory_limit_gib is None else int(compute.memory_limit_gib * GIB)
+        if device is not None:
+            limit = min(device.memory_bytes, limit or device.memory_bytes)
         return cls(
             config=config, lora=lora, batch_size=batch_size, seq_len=seq_len, accumulate=accumulate,
             world_size=strategy.world_size, strategy=strategy.strategy, precision=check_precision(strategy.precision),
             offload=strategy.offload, reshard_after_forward=strategy.reshard_after_forward, prefetch=strategy.prefetch,
             shard_size=strategy.shard_size, checkpoint_activations=compute.checkpoint_activations,
             offload_activations=compute.offload_activations, compile=compute.compile != "off",
-            compute_capability=compute_capability,
+            compute_capability=None if device is None else device.compute_capability, limit_bytes=limit,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -139,6 +147,14 @@ class Settings:
         check_offload(checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations)
         if self.model is None:  # else it is of settings that differ in something else
             object.__setattr__(self, "model", _Model.of(self.config, self.lora, compute_dtype(self.precision)))
+        recomputed = recomputed_layers(self.checkpoint_activations, len(self.model.layers))
+        object.__setattr__(self, "checkpoint_activations", recomputed)
+
+    @property
+    def recomputed(self) -> int:
+        """How many decoder layers are recomputed, where that is known."""
+        assert isinstance(self.checkpoint_activations, int)
+        return self.checkpoint_activations
 
     @property
     def flex(self) -> bool:
@@ -176,6 +192,17 @@ class MemoryPlan:
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
     @property
+    def checkpointing(self) -> str:
+        """Which layers are recomputed, as a sentence."""
+        layers, recomputed = len(self.settings.model.layers), self.settings.recomputed
+        which = "no decoder layer is" if not recomputed else f"{recomputed} of {layers} decoder layers are"
+        of = "" if self.settings.limit_bytes is None else f" of {self.settings.limit_bytes / GIB:.2f} GiB"
+        return (
+            f"Activation checkpointing: {which} recomputed in backward. Predicted memory of each device: "
+            f"{self.device_bytes / GIB:.2f}{of}."
+        )
+
+    @property
     def parts(self) -> dict[str, int]:
         """Part -> bytes at the peak."""
         return self.moments[self.peak]
@@ -207,9 +234,13 @@ class MemoryPlan:
             lines.append(f"In host memory of each process: {self.host_bytes / GIB:.2f} GiB.")
         return "\n".join(lines)
 
-    def check(self, device_bytes: int) -> str | None:
-        """``None`` if this fits a device of that memory, else a message that says so and which flags would fit."""
-        if self.device_bytes <= device_bytes:
+    def check(self, device_bytes: int | None = None) -> str | None:
+        """``None`` if this fits a device of that memory, else a message that says so and which flags would fit.
+
+        Without ``device_bytes`` the limit is the settings'; without either everything fits.
+        """
+        device_bytes = self.settings.limit_bytes if device_bytes is None else device_bytes
+        if device_bytes is None or self.device_bytes <= device_bytes:
             return None
         fitting = self.fitting_flags(device_bytes)
         remedy = (
@@ -240,7 +271,7 @@ class MemoryPlan:
             axes.append([{"strategy": "fsdp2"}])
         steps: list[dict[str, Any]] = [{}]
         recompute = {"checkpoint_activations": True}
-        fewer_activations = [] if s.checkpoint_activations else [recompute]
+        fewer_activations = [] if s.recomputed == len(s.model.layers) else [recompute]
         if not s.offload_activations:
             fewer_activations.append({**recompute, "offload_activations": True})
         axes.insert(0, fewer_activations)
@@ -262,10 +293,11 @@ class MemoryPlan:
 
 def _flags(settings: Settings, changes: dict[str, Any]) -> str:
     names = {"world_size": "devices"}
+    changed = dataclasses.replace(settings, **changes)  # where "all layers" is their number
     flags = [
         f"--{names.get(name, name)}" + ("" if value is True else f" {value}")
         for name, value in changes.items()
-        if value != getattr(settings, name)
+        if getattr(changed, name) != getattr(settings, name)
     ]
     return " ".join(flags)
 
@@ -313,6 +345,8 @@ class _Layer:
     statistics: int
     projections: dict[str, _Projection]  # by the last component of their names
     norms: tuple[tuple[int, int], ...]  # numbers of a token that are normalized, and in how many groups
+    residuals: int  # tensors as wide as the residual stream that a compiled layer keeps
+    normalizes_heads: bool  # queries and keys
 
     @classmethod
     def of(cls, layer: nn.Module) -> _Layer:
@@ -328,7 +362,7 @@ class _Layer:
                 projections[short] = _Projection(module.out_features, module.in_features, ranks.get(short, 0))
             if isinstance(module, NF4Linear):
                 statistics += sum(buffer.nbytes for buffer in module.buffers())
-        found = cls(_Parameters.of(layer.parameters()), statistics, projections, ())
+        found = cls(_Parameters.of(layer.parameters()), statistics, projections, (), 0, False)
         queries, keys = found.attention_widths
         norms = []
         for name, module in layer.named_modules():
@@ -336,7 +370,13 @@ class _Layer:
                 size = int(next(module.parameters()).numel())
                 width = {"q_norm": queries, "k_norm": keys}.get(name.rpartition(".")[2], size)
                 norms.append((width, width // size))
-        return dataclasses.replace(found, norms=tuple(norms))
+        # The layer's input, the sum in its middle and, where norms are behind the sublayers, what each of them takes.
+        # With norms in front too (Gemma), the sum in the middle is computed again.
+        outer = sum(name.endswith("layernorm") for name, _ in layer.named_children())
+        in_front = 2 if hasattr(layer, "input_layernorm") else 0
+        residuals = 3 if in_front and outer > in_front else 2 + outer - in_front
+        inner = any(name.endswith("q_norm") for name, _ in layer.named_modules())
+        return dataclasses.replace(found, norms=tuple(norms), residuals=residuals, normalizes_heads=inner)
 
     @property
     def attention_widths(self) -> tuple[int, int]:
@@ -416,7 +456,28 @@ def _kept_bytes(s: Settings, layer: _Layer) -> int:
     return tokens * (norms + attention + mlp + low + inputs) + _cast_adapter_bytes(s, layer)
 
 
-def _working_bytes(s: Settings, layer: _Layer) -> int:
+def _kept_compiled(s: Settings, layer: _Layer) -> int:
+    """What a compiled layer keeps that is not checkpointed: results of products and attention, and the residual sums.
+
+    Tensors [T, H] of the residual stream; queries, keys (twice each if they are normalized), values, and the
+    attention's result with a float32 log-sum per head; what the MLP's first products give [T, 2 I].
+    """
+    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    h, heads = int(c.hidden_size), int(c.num_attention_heads)
+    q, k = layer.attention_widths
+    low = sum(p.rank for p in layer.projections.values())
+    attention = value * (2 * q + 2 * k) + 4 * heads
+    if attention_softcap(c) is not None and not s.flex:
+        attention += 3 * 4 * heads * s.seq_len
+    normalized = q + k if layer.normalizes_heads else 0
+    widths = layer.residuals * h + normalized + 2 * layer.mlp_width + low
+    kept = tokens * (value * widths + attention) + _cast_adapter_bytes(s, layer)
+    if s.lora.lora_dropout:
+        kept = max(kept, _kept_bytes(s, layer))
+    return kept
+
+
+def _working_bytes(s: Settings, layer: _Layer, *, recomputes: bool) -> int:
     """What backward needs at most beyond what is kept (with checkpointing: than the recomputed layer keeps).
 
     * Around ``down_proj``, whose input [T, I] is freed: the gradients of that input and of its two factors; or one of
@@ -427,7 +488,7 @@ def _working_bytes(s: Settings, layer: _Layer) -> int:
     c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     wide, narrow = tokens * layer.mlp_width, tokens * int(c.hidden_size)
     needed = wide * value + max(wide * value, _dequantized_bytes(s, layer))
-    if s.checkpoint_activations:
+    if recomputes:
         needed += value * narrow
     else:
         needed = max(needed + 2 * value * narrow, 6 * 4 * narrow)
@@ -471,8 +532,18 @@ def _loss_bytes(s: Settings) -> int:
 
 
 def plan_memory(settings: Settings) -> MemoryPlan:
-    """Predict the memory of a training step from the second on (the first makes the optimizer's state)."""
+    """Predict the memory of a training step from the second on (the first makes the optimizer's state).
+
+    For ``checkpoint_activations="auto"`` it is the plan with the fewest recomputed layers that fits, or, if none does,
+    with all of them; its ``settings`` say how many.
+    """
     s = settings
+    if s.checkpoint_activations == "auto":
+        for number in range(int(s.offload_activations), len(s.model.layers) + 1):
+            plan = plan_memory(dataclasses.replace(s, checkpoint_activations=number))
+            if s.limit_bytes is None or plan.device_bytes <= s.limit_bytes:
+                break
+        return plan
     c, value = s.config, compute_dtype(s.precision).itemsize
     layers = s.model.layers
     tokens = s.batch_size * s.seq_len
@@ -500,41 +571,50 @@ def plan_memory(settings: Settings) -> MemoryPlan:
     else:
         early_gradients = gradients
 
-    kept = [_kept_bytes(s, layer) for layer in layers]
+    recomputed = layers[: s.recomputed]
+    inputs = 0 if s.offload_activations else one_input
+    stored = [inputs] * len(recomputed) + [
+        (_kept_compiled if s.compile else _kept_bytes)(s, layer) for layer in layers[s.recomputed :]
+    ]
     activations = 2 * value * s.seq_len * head_dim(c) + 32 * tokens  # rotary embeddings, tokens and labels
     returned = 0
+    if not (recomputed or s.compile):
+        activations -= tokens * (4 * c.hidden_size + 4)  # embeddings have no gradient: one norm less
     if s.offload_activations:
         # One input is back while its layer is recomputed and, compiled or in float32, until that layer's backward ends.
         # In forward one's memory is free as soon as its layer is queued, but for the first layer's where layers are
         # compiled: there it is a leaf of the autograd graph, which holds its leaves.
         returned = one_input
         activations += one_input if s.compile else 0
-        host += len(layers) * (_pinned_bytes(one_input) if s.compute_capability else one_input)
-    if s.checkpoint_activations:
-        per_layer = 0 if s.offload_activations else one_input
-        activations += per_layer * len(layers)
-        recomputed = max(kept) - (one_input if value == 4 else 0)  # in float32 the first norm keeps that input itself
-    else:
-        per_layer, recomputed = max(kept), 0
-        activations += sum(kept) - tokens * (4 * c.hidden_size + 4)  # embeddings have no gradient: one norm less
-    # Going back through the layers, activations are freed and gradients made: the peak is at either end.
-    freed, made = per_layer * (len(layers) - 1), max(0, gradients - early_gradients)
-    last_activations, late_gradients = (activations - freed, made) if made > freed else (activations, 0)
+        host += len(recomputed) * (_pinned_bytes(one_input) if s.compute_capability else one_input)
+
+    def in_backward(index: int) -> dict[str, int]:
+        """Of the moment when layer ``index`` is differentiated: activations are freed and gradients made on the way."""
+        layer, is_recomputed = layers[index], index < len(recomputed)
+        behind = len(layers) - 1 - index
+        made = max(0, gradients - early_gradients) * (behind + (index == 0)) // len(layers)
+        again = 0
+        if is_recomputed:  # in float32 the first norm keeps the layer's input itself
+            again = _kept_bytes(s, layer) - (one_input if value == 4 else 0)
+        return {
+            "gradients": early_gradients + made,
+            "activations": activations + sum(stored[: index + 1]) + (returned if is_recomputed else 0),
+            "recomputed layer": again,
+            "working memory": _working_bytes(s, layer, recomputes=is_recomputed),
+        }
+
+    # The peak is where going back begins or ends, or where the recomputed layers begin.
+    candidates = {0, len(layers) - 1, max(len(recomputed) - 1, 0)}
+    backward = max((in_backward(index) for index in candidates), key=lambda parts: sum(parts.values()))
 
     moments = {
         "loss": {
             **resident,
             "gradients": early_gradients,  # QLoRACausalLM frees those of the last step
-            "activations": activations,
+            "activations": activations + sum(stored),
             "loss": _loss_bytes(s),
         },
-        "backward": {
-            **resident,
-            "gradients": early_gradients + late_gradients,
-            "activations": last_activations + returned,
-            "recomputed layer": recomputed,
-            "working memory": max(_working_bytes(s, layer) for layer in layers),
-        },
+        "backward": {**resident, **backward},
         "step": {**resident, "gradients": max(gradients, early_gradients)},
     }
     if s.is_sharded:

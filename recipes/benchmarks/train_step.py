@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -47,10 +48,12 @@ from lightning_qlora.modules.checkpoints.random_weights import CHECKPOINTS, SHAP
 from lightning_qlora.modules.cli import Only, positive, run_recipe
 from lightning_qlora.modules.distributed.collectives import end_process_group, gather_objects, is_distributed
 from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
-from lightning_qlora.modules.hardware import compute_dtype
+from lightning_qlora.modules.hardware import capabilities, compute_dtype
 from lightning_qlora.modules.lora.config import LoraOptions
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
+from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
 
 GIB = 2**30
 LEARNING_RATE = 1e-4
@@ -60,7 +63,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 STRATEGY_FLAGS = Only("devices", "precision", "strategy", "offload", "reshard_after_forward", "prefetch")
-COMPUTE_FLAGS = Only("checkpoint_activations", "offload_activations", "compile")
+COMPUTE_FLAGS = Only("checkpoint_activations", "offload_activations", "memory_limit_gib", "compile")
 
 
 def main(
@@ -78,7 +81,7 @@ def main(
     commit: str | None = None,
     lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
     strategy: Annotated[StrategyOptions, STRATEGY_FLAGS] = StrategyOptions(),
-    compute: Annotated[ComputeOptions, COMPUTE_FLAGS] = ComputeOptions(checkpoint_activations=True),
+    compute: Annotated[ComputeOptions, COMPUTE_FLAGS] = ComputeOptions(checkpoint_activations="all"),
 ) -> int:
     """Measure, print and record one configuration.
 
@@ -91,7 +94,7 @@ def main(
         warmup: Warm-up steps before the measured ones.
         profile: Also write where the GPU's time goes in one more step, next to the results.
         peer: Measure this in place of lightning-qlora. A peer has none of --strategy, --offload,
-            --reshard_after_forward, --prefetch, --offload_activations and --compile.
+            --reshard_after_forward, --prefetch, --offload_activations, --memory_limit_gib and --compile.
         quantized: Start from a bitsandbytes 4-bit checkpoint, else from a bfloat16 one.
         checkpoints: Directory where checkpoints of random weights are kept.
         results: Directory of the record.
@@ -110,12 +113,15 @@ def main(
         or not strategy.reshard_after_forward
         or strategy.strategy != "fsdp2"
         or compute.offload_activations
+        or compute.memory_limit_gib
+        or compute.checkpoint_activations not in (True, "all", False, "none")
         or compute.compile != "off"
     )
     if peer and (of_ours or precision == "bf16-true" or not quantized):
         raise ValueError(
-            "A peer takes no --strategy, --offload, --offload_activations, --prefetch, --reshard_after_forward or "
-            "--compile, starts from 4 bits, and trains in 32-true, 16-mixed or bf16-mixed. Leave these flags out."
+            "A peer takes no --strategy, --offload, --offload_activations, --memory_limit_gib, --prefetch, "
+            "--reshard_after_forward or --compile, recomputes all layers or none, starts from 4 bits, and trains in "
+            "32-true, 16-mixed or bf16-mixed. Leave the other flags out."
         )
     if peer == "accelerate" and (devices < 2 or not on_gpu):
         raise ValueError("--peer accelerate needs --devices 2 or more GPUs: accelerate does not shard otherwise.")
@@ -128,25 +134,34 @@ def main(
 
     meter = Meter(steps, warmup, memory_cap_gib, with_profile=profile)
     batches = functools.partial(random_batches, SHAPES[shape], batch_size, seq_len, meter.total_steps)
+    plan = None
     if peer:
-        train_peer(peer, directory, batches, meter, precision, compute.checkpoint_activations, lora.config())
+        recomputes = compute.checkpoint_activations in (True, "all")
+        train_peer(peer, directory, batches, meter, precision, recomputes, lora.config())
     else:
+        plan = plan_memory(
+            Settings.of(
+                load_config(directory), lora.config(), strategy, compute, batch_size=batch_size, seq_len=seq_len,
+                device=capabilities(),
+            )
+        )  # fmt: skip
+        compute = replace(compute, checkpoint_activations=plan.settings.recomputed)
         module = QLoRACausalLM(
             directory,
             lora.config(),
             learning_rate=LEARNING_RATE,
             schedule="constant",
-            compute=ComputeOptions(
-                checkpoint_activations=compute.checkpoint_activations,
-                offload_activations=compute.offload_activations,
-                compile=compute.compile,
-            ),
+            compute=compute,
         )
         train_ours(module, batches, meter, strategy)
     figures = meter.gather()
     if figures is None:
         return 0
 
+    if plan is not None:
+        layers = len(plan.settings.model.layers)
+        figures |= {"recomputed_layers": plan.settings.recomputed, "planned_gib": plan.total_bytes / GIB}
+        partly = 0 < plan.settings.recomputed < layers
     figures["tokens_per_s"] = batch_size * seq_len * devices / (figures["step_ms"]["p50"] / 1000)
     ours = f"lightning-qlora {strategy.strategy}"
     what = {None: ours, "hf": "transformers + peft", "accelerate": "accelerate FSDP2"}[peer]
@@ -156,7 +171,9 @@ def main(
         "offload activations": compute.offload_activations,
         "no resharding": not strategy.reshard_after_forward,
         f"prefetch {strategy.prefetch}": strategy.prefetch,
-        "no checkpointing": not compute.checkpoint_activations,
+        "no checkpointing": compute.checkpoint_activations in (0, "none"),
+        f"{compute.checkpoint_activations} layers recomputed": plan is not None and partly,
+        f"limit {compute.memory_limit_gib} GiB": compute.memory_limit_gib,
         "16-bit checkpoint": not quantized,
         f"cap {memory_cap_gib} GiB": memory_cap_gib,
     }

@@ -4,6 +4,7 @@ The models have each kind of layer that their family knows: windows, layers with
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning_qlora.modules.lora.adapter_files import load_adapter, save_adapte
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, build_structure, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
+from lightning_qlora.modules.models.decoder_layer import CheckpointedLayer
 from lightning_qlora.modules.models.families import FAMILIES, Family, layer_windows, load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
@@ -207,6 +209,51 @@ def test_each_kind_of_layer_is_one_graph_for_all_lengths(fresh_graphs, family, d
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-5)
         assert graphs.count == KINDS.get(family.model_type, 1) + rotary + 1, shape  # and the last norm
+
+
+@pytest.mark.parametrize(
+    "family", [FAMILIES[name] for name in ("llama", "olmo2", "gemma3_text")], indirect=True,
+    ids=lambda family: family.model_type,
+)  # fmt: skip
+def test_a_compiled_layer_keeps_what_is_planned(fresh_graphs, monkeypatch, family, directory, model):
+    """One that is not recomputed; beside one that is, its gradients are right."""
+    compiled = load(directory, backend="aot_eager_decomp_partition", checkpoint_activations=1)
+    weights = {t.untyped_storage().data_ptr() for t in (*compiled.parameters(), *compiled.buffers())}
+    kept: list[dict[int, int]] = []
+    call = CheckpointedLayer.__call__
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[-1][storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def watched(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept.append({})
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return call(layer, *args, **kwargs)
+
+    ids = token_ids(2, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointedLayer, "__call__", watched)
+        loss = compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected = model.train()(input_ids=ids, labels=ids).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-5)
+
+    settings = Settings(
+        config=compiled.config, lora=default_lora(4), batch_size=2, seq_len=60, strategy="single",
+        precision="32-true", compile=True,
+    )  # fmt: skip
+    plans = [plan_memory(dataclasses.replace(settings, checkpoint_activations=n)).moments["loss"] for n in (1, 2)]
+    one_input = 2 * 60 * 64 * 4
+    planned = plans[0]["activations"] - plans[1]["activations"] + one_input
+    recomputed, whole = (sum(each.values()) for each in kept)
+    rotary = 2 * 60 * compiled.config.head_dim * 4 if hasattr(compiled.config, "head_dim") else 2 * 60 * 16 * 4
+    assert whole - rotary == pytest.approx(planned, rel=0.03)
+    assert recomputed - rotary < 0.5 * whole
 
 
 def test_the_adapter_opens_in_peft_and_back(model, stock, tmp_path, directory):

@@ -108,22 +108,28 @@ def test_what_a_rank_holds_is_exact(ranks, world_size, device, source, tiny_llam
 # ------------------------------------------------------------------------------------- what a step keeps and needs
 
 
-def build(settings: Settings, device: str) -> QLoRAForCausalLM:
-    """A model of random weights, in the way of training."""
+def save_random(config: LlamaConfig, directory: str) -> None:
+    """A checkpoint of random weights."""
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    save_file({name: torch.randn(shape).div(20).half() for name, shape in shapes.items()}, f"{directory}/m.safetensors")
+
+
+def build(settings: Settings, device: str, saved: str | None = None) -> QLoRAForCausalLM:
+    """A model of random weights (those ``saved``, if given), in the way of training."""
     dtype = compute_dtype(settings.precision)
     with tempfile.TemporaryDirectory() as directory:
-        settings.config.save_pretrained(directory)
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in LlamaForCausalLM(settings.config).named_parameters()}
-        save_file(
-            {name: torch.randn(shape).div(20).half() for name, shape in shapes.items()}, f"{directory}/m.safetensors"
-        )
-        checkpoint = SafetensorsCheckpoint(directory)
+        if saved is None:
+            save_random(settings.config, directory)
+        checkpoint = SafetensorsCheckpoint(saved or directory)
         model = build_model(
             checkpoint, settings.lora, dtype=dtype, attention=sdpa_backend(settings.compute_capability, dtype),
             checkpoint_activations=settings.checkpoint_activations,
             offload_activations=settings.offload_activations,
         )  # fmt: skip
+        if settings.compile:
+            model.compile_regions()
         materialize(model, checkpoint, torch.device(device), seed=0)
         checkpoint.close()
     for parameter in model.parameters():
@@ -302,20 +308,70 @@ def test_a_gpu_allocates_what_is_planned(vocab_size, precision, activations):
         config=config, lora=default_lora(64), batch_size=2, seq_len=1024, precision=precision,
         compute_capability=torch.cuda.get_device_capability(), **ACTIVATIONS[activations],
     )  # fmt: skip
+    plan = plan_memory(settings)
+    assert plan.total_bytes == pytest.approx(allocated_by_steps(settings)[0], rel=0.1), plan.table()
+
+
+def allocated_by_steps(settings: Settings, saved: str | None = None) -> tuple[int, int]:
+    """The most bytes that three steps allocate and reserve on a GPU."""
     gc.collect()  # the model of the test before
     torch._C._cuda_clearCublasWorkspaces()  # of an earlier test, and part of the plan
-    in_use = torch.cuda.memory_allocated()
-    model = build(settings, "cuda")
+    torch.cuda.empty_cache()
+    in_use, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    model = build(settings, "cuda", saved)
     optimizer = ShardAdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long, device="cuda")
     for step in range(3):
         if step == 1:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         forward(model, settings, ids).backward()
         optimizer.step()
         optimizer.zero_grad()  # here as in QLoRACausalLM's
-    plan = plan_memory(settings)
-    assert plan.total_bytes == pytest.approx(torch.cuda.max_memory_allocated() - in_use, rel=0.1), plan.table()
+    return torch.cuda.max_memory_allocated() - in_use, torch.cuda.max_memory_reserved() - reserved
+
+
+#: Hidden and intermediate size, layers, heads, vocabulary.
+GPU_SHAPES = {
+    "wide": (2048, 8192, 8, 32, 32000),
+    "narrow": (1024, 2816, 16, 16, 49152),
+    "big head": (1536, 6144, 6, 12, 128256),
+}
+GPU_BATCHES = [(1, 2048, 64), (2, 2048, 16), (4, 1024, 64), (1, 8192, 16), (8, 512, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_auto_recomputes_as_few_layers_as_the_limit_demands(tmp_path, shape, compiled):
+    """Never above the limit, and as few layers as the plan's own accuracy allows."""
+    hidden, intermediate, layers, heads, vocab_size = GPU_SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 4, vocab_size=vocab_size,
+    )  # fmt: skip
+    save_random(config, str(tmp_path))
+    for number, (batch_size, seq_len, rank) in enumerate(GPU_BATCHES):
+        settings = Settings(
+            config=config, lora=default_lora(rank), batch_size=batch_size, seq_len=seq_len, precision="bf16-mixed",
+            compile=compiled, compute_capability=torch.cuda.get_device_capability(), checkpoint_activations="auto",
+        )  # fmt: skip
+        least, most = (
+            plan_memory(dataclasses.replace(settings, checkpoint_activations=choice)).device_bytes
+            for choice in ("all", "none")
+        )
+        limit = int(least + (0.15 + 0.2 * number) * (most - least))
+        plan = plan_memory(dataclasses.replace(settings, limit_bytes=limit))
+        allocated, reserved = allocated_by_steps(plan.settings, str(tmp_path))
+        print(
+            f"{shape}, {'compiled' if compiled else 'eager'}, {batch_size} x {seq_len}, r {rank}: {plan.checkpointing} "
+            f"Planned {plan.total_bytes / GIB:.3f} at {plan.peak}, allocated {allocated / GIB:.3f}, reserved "
+            f"{reserved / GIB:.3f} GiB."
+        )
+        assert 0 < plan.settings.recomputed < layers
+        assert reserved + CONTEXT_BYTES <= limit, plan.table()
+        assert allocated == pytest.approx(plan.total_bytes, rel=0.1), plan.table()
 
 
 # ------------------------------------------------------------------------------------------- what sharding gathers
