@@ -137,7 +137,10 @@ class QLoRAForCausalLM(nn.Module):
         """
         if mode == "off":
             return
-        regions = [*self.model.layers, self.model.norm]
+        for layer in self.model.layers:
+            kind = (layer.self_attn.attention_window, layer.checkpoint_activations)
+            compile_region(layer, mode, backend=backend, kind=kind)
+        regions = [self.model.norm]
         kinds = self.model.rotary_emb.rope_type  # of each type of layer, in Gemma3
         if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
             regions.append(self.model.rotary_emb)  # those two compute on the host, from the length

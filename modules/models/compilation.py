@@ -1,8 +1,8 @@
 """``torch.compile`` for parts of a model: a graph a part for all lengths and batch sizes above 1, and one for 1.
 
 A *region* is a module that is compiled in place, as one graph or not at all (``fullgraph=True``). What surrounds the
-regions, FSDP2's hooks and Lightning's own code included, stays Python; and regions of one kind (the decoder layers of a
-model) share a graph, so that a deep model compiles no longer than a shallow one. The order is: activation checkpointing
+regions, FSDP2's hooks and Lightning's own code included, stays Python; and regions of one kind (decoder layers that
+differ in their weights only) share a graph, so that a deep model compiles no longer than a shallow one. The order is: activation checkpointing
 inside the region's ``forward``, then :func:`compile_region`, then ``fully_shard``.
 
 Shapes: B samples, S tokens a sample.
@@ -11,7 +11,8 @@ Shapes: B samples, S tokens a sample.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,7 +37,11 @@ def check_compile_mode(mode: str) -> CompileMode:
 
 
 def compile_region(
-    module: nn.Module, mode: CompileMode = "default", *, backend: str | Callable[..., Any] = "inductor"
+    module: nn.Module,
+    mode: CompileMode = "default",
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    kind: Hashable = None,
 ) -> None:
     """Compile ``module`` in place, without graph breaks and for any S. Call it before ``fully_shard``.
 
@@ -50,6 +55,8 @@ def compile_region(
         mode: How hard to look for fast code; ``"off"`` does nothing.
         backend: Another backend of torch.compile. ``"aot_eager"`` makes the same graphs quickly and runs them as they
             are.
+        kind: Modules of one class and kind share their graphs. Say what makes kinds differ: each has as many graphs as
+            torch.compile allows for one function (8), and all kinds of a class together would have no more.
 
     Raises:
         ValueError: For an unknown mode, a mode that the backend does not know, or a ``forward`` of ``torch.nn``.
@@ -63,9 +70,24 @@ def compile_region(
             f"torch.compile would leave {type(module).__name__} as it is, because its forward is torch's own. Compile "
             "a module around it."
         )
+    module.__class__ = _class_of_kind(type(module), kind)
     module.compile(fullgraph=True, backend=backend, mode=_INDUCTOR_MODES[mode])
     learns = any(parameter.requires_grad for parameter in module.parameters())
     module.register_forward_pre_hook(functools.partial(_prepare, learns=learns), with_kwargs=True)
+
+
+@functools.cache
+def _class_of_kind(cls: type[nn.Module], kind: Hashable) -> type[nn.Module]:
+    """``cls`` whose ``forward`` has a code object of its own, by which torch.compile stores and counts graphs."""
+    if kind is None:
+        return cls
+    own = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    forward: Any = own.forward  # transformers wraps it anew in some versions
+    own.forward = types.FunctionType(  # type: ignore[method-assign]
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    own.forward.__kwdefaults__ = forward.__kwdefaults__
+    return own
 
 
 @torch.compiler.disable

@@ -86,7 +86,9 @@ class CheckpointedLayer(nn.Module):
         return self.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
 
     def _is_recomputed(self, kwargs: dict[str, Any]) -> bool:
-        return self.checkpoint_activations and self._learns(kwargs)
+        return (
+            self._learns(kwargs) and self.checkpoint_activations
+        )  # in this order: else both were graphs in validation
 
 
 #: Before 2.13, torch.compile recomputes what lies inside an autograd.Function only if a policy says so.

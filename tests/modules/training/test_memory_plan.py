@@ -342,6 +342,7 @@ GPU_BATCHES = [(1, 2048, 64), (2, 2048, 16), (4, 1024, 64), (1, 8192, 16), (8, 5
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.usefixtures("fresh_graphs")
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_auto_recomputes_as_few_layers_as_the_limit_demands(tmp_path, shape, compiled):
