@@ -1,6 +1,7 @@
 """Chats, data files and a tokenizer for tests."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,3 +51,16 @@ def write(path: Path, *rows: object) -> Path:
 def numbered(count: int) -> ChatDataset:
     """Samples that are told apart by their only token value: sample i is [i, i]."""
     return ChatDataset([{"input_ids": [i, i], "labels": [i, i]} for i in range(count)], blank_token_id=0)
+
+
+DATED = "on {{ strftime_now('%d %b') }}\n" + CHATML
+
+
+class Clock:
+    """Stands for ``datetime`` where it is a given day."""
+
+    def __init__(self, day: int) -> None:
+        self.day = datetime(2026, 11, day)
+
+    def now(self) -> datetime:
+        return self.day

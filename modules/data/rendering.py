@@ -43,7 +43,8 @@ def date_parts(template: str, now: datetime | None = None) -> dict[str, str]:
     now = now or datetime.now()
     if "strftime_now" not in template:
         return {}
-    return {directive: now.strftime(directive) for directive in _DIRECTIVES if directive in template}
+    found = sorted((directive for directive in _DIRECTIVES if directive in template), key=template.index)
+    return {directive: now.strftime(directive) for directive in found}
 
 
 @dataclass(frozen=True)

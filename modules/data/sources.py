@@ -175,7 +175,7 @@ def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", json.loads(line.rstrip())
+                yield f"line {number}", json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 yield f"line {number}", ValueError(f"not JSON at column {error.colno}: {error.msg}")
 

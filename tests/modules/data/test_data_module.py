@@ -6,14 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
+from lightning_qlora.modules.data.chat_template import tokenize_chats
 from lightning_qlora.modules.data.data_module import ChatDataModule
 from lightning_qlora.modules.data.options import DataOptions
 from lightning_qlora.modules.data.samples import IGNORE_INDEX, Sample
 from lightning_qlora.modules.data.sources import load_chats
-from tests.chats import chat, write
+from tests.chats import DATED, Clock, chat, make_tokenizer, write
+from tests.conftest import CHATML
 
 
 def test_the_data_module_without_a_trainer(tokenizer, rows, monkeypatch, tmp_path):
@@ -227,3 +230,127 @@ def test_what_seq_len_cut_is_said(tokenizer, tmp_path, said):
         "fill": data.fill,
     }  # fmt: skip
     assert data.val_dataloader() == []
+
+
+# --- what options ask for
+
+
+def module(tokenizer: Any, dataset: Path, *, seq_len: int = 128, **options: Any) -> ChatDataModule:
+    of_module = {name: options.pop(name) for name in ("vocab_size", "packing") if name in options}
+    data = DataOptions(**({"dataset": str(dataset), "val_samples": 0} | options))
+    return ChatDataModule(tokenizer, data, batch_size=2, seq_len=seq_len, **of_module)
+
+
+def contents(data: ChatDataModule) -> list[str]:
+    return [message["content"] for chat in data.val_chats for message in chat["messages"]]
+
+
+def test_validation_data_of_their_own_are_used_whole(tokenizer, tmp_path, said):
+    train = write(tmp_path / "train.jsonl", *[chat(f"q{i}", "a") for i in range(20)])
+    val = write(tmp_path / "val.jsonl", *[chat(f"q{i}", "a") for i in range(18, 23)])
+    data = module(tokenizer, train, val_dataset=str(val), val_samples=1)
+    data.load()
+    assert (data.num_train, data.num_val, contents(data)[::2]) == (20, 5, ["q18", "q19", "q20", "q21", "q22"])
+    assert said == [
+        "2 of the 5 samples to validate on are also trained on: val_loss will be lower than it is for new texts.",
+        f"{train}: 20 samples to train on, 5 of {val} to validate on",
+    ]
+
+
+def test_a_validation_split_is_used_and_its_size_is_bounded(tokenizer, tmp_path, said):
+    whole = datasets.Dataset.from_list([chat(f"q{i}", "a") for i in range(30)])
+    parts = {"train": whole.select(range(20)), "validation": whole.select(range(20, 30))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    data = module(tokenizer, tmp_path / "saved", val_samples=4)
+    data.load()
+    assert (data.num_train, data.num_val) == (20, 4)
+    assert {*contents(data)[::2]} < {f"q{i}" for i in range(20, 30)}
+    saved = tmp_path / "saved"
+    assert said == [f"{saved}: 20 samples to train on, 4 to validate on, of the 10 rows of its split validation"]
+    for options, expected in (({}, (20, 0)), ({"split": "validation", "val_samples": 4}, (9, 1))):
+        data = module(tokenizer, saved, **options)
+        data.load()
+        assert (data.num_train, data.num_val) == expected
+
+
+def test_bad_rows_of_reading_and_of_the_template_are_left_out(tmp_path, said):
+    refusing = CHATML + "{% if 'no' in messages[0]['content'] %}{{ raise_exception('no!') }}{% endif %}"
+    path = write(tmp_path / "rows.jsonl", chat("q", "a"), chat("q", ""), chat("no", "a"), chat("r", "a"))
+    data = module(make_tokenizer(refusing), path, skip_bad_rows=True)
+    data.load()
+    assert data.num_train == 2
+    left_out = "are left out (--skip_bad_rows):\n  line"
+    assert said[:2] == [
+        f"{path}: 1 of 4 rows {left_out} 2: message 2 (assistant): empty completion, nothing to learn; remove the row",
+        f"{path}: 1 of 3 rows {left_out} 3: the tokenizer's chat template refuses it: no!",
+    ]
+    with pytest.raises(ValueError, match="1 of 4 rows cannot be trained on"):
+        module(make_tokenizer(refusing), path).load()
+
+
+def test_tokens_past_the_embedding_are_refused_before_training(tokenizer, rows):
+    size = 1 + max(max(sample["input_ids"]) for sample in tokenize_chats(tokenizer, load_chats(rows), 64).samples)
+    module(tokenizer, rows, vocab_size=size).load()
+    with pytest.raises(ValueError, match=f"12 samples hold tokens past the {size - 1} rows of the model's embedding"):
+        module(tokenizer, rows, vocab_size=size - 1).load()
+
+
+def test_a_template_for_a_base_model_leaves_its_tokenizer_alone(rows):
+    base = make_tokenizer(None)
+    data = module(base, rows, chat_template="plain", pad_token="<|im_start|>")
+    data.load()
+    assert base.chat_template is None
+    assert data.train_set is not None
+    assert data.tokenizer.decode(data.train_set[0]["input_ids"]).startswith(
+        "User: question 0\n\nAssistant: answer 0<|im_"
+    )
+    assert data.turn_ends == (base.eos_token_id,)
+    assert data.train_set.blank["input_ids"] == [base.convert_tokens_to_ids("<|im_start|>")]
+
+
+@pytest.mark.parametrize(("packing", "steps"), [(False, 3), (True, 1)])
+def test_steps_of_an_epoch_are_counted_as_lightning_takes_them(tokenizer, rows, packing, steps):
+    # 12 samples, 2 of them on each of 2 devices: 3 batches, of which 1.5 make a step. Packed, they are 3 rows: 1 batch.
+    data = module(tokenizer, rows, packing=packing)
+    assert data.steps_per_epoch(devices=2) == steps
+    assert data.steps_per_epoch(devices=2, accumulate=2) == math.ceil(steps / 2)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_samples_are_shown_with_what_is_trained(tokenizer, rows, capsys, packing):
+    data = module(tokenizer, rows, show_samples=2, packing=packing)
+    data.load()
+    assert capsys.readouterr().out.split("--- ")[1] == (
+        "sample 1: 5 of 15 tokens are trained, shown between [[ and ]]\n"
+        "<|im_start|>user\nquestion 0<|im_end|>\n<|im_start|>assistant\n[[answer 0<|im_end|>]]\n\n"
+    ).replace("5 of 15", f"{data.previews[0].trained} of {data.previews[0].tokens}")
+    assert data.previews[0].text(color=True).endswith("assistant\n\x1b[32manswer 0<|im_end|>\x1b[0m\n")
+    batch = next(iter(module(tokenizer, rows).train_dataloader()))
+    assert data.previews[0].trained == sum(label != -100 for label in tokenize_chats(
+        tokenizer, load_chats(rows), 64).samples[0]["labels"][1:])  # fmt: skip
+    assert batch["num_tokens"] > 0
+    samples = (data.report_section() or {})["samples"]
+    assert len(samples) == 2
+    assert samples[1]["runs"][1] == ("answer 1!<|im_end|>", True)
+
+
+# --- the date
+
+
+def test_ranks_that_start_around_midnight_train_on_the_same_texts(rows, monkeypatch, said):
+    def on(day: int) -> ChatDataModule:
+        monkeypatch.setattr("lightning_qlora.modules.data.rendering.datetime", Clock(day))
+        data = module(make_tokenizer(DATED), rows)
+        data.load()
+        return data
+
+    first, second = on(8), on(9)
+    assert first.fingerprint != second.fingerprint
+    strategy = SimpleNamespace(broadcast=lambda value: first.date)
+    second.trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)  # type: ignore[assignment]
+    loader = second.train_dataloader()
+    second.setup("fit")
+    assert second.fingerprint == first.fingerprint
+    text = make_tokenizer(DATED).decode(next(iter(loader))["input_ids"][0])
+    assert text.startswith("on 08 Nov\n")
+    assert said[-1] == "The chat template writes the date: it stays that of the first run (08 Nov)."

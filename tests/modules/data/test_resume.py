@@ -10,6 +10,7 @@ import torch
 
 from lightning_qlora.modules.data.data_module import ChatDataModule
 from lightning_qlora.modules.data.options import DataOptions
+from tests.chats import DATED, Clock, make_tokenizer
 
 
 class Recorder(L.LightningModule):
@@ -156,3 +157,16 @@ def test_a_checkpoint_of_other_data_is_refused(make_data, tmp_path, hook, change
     fit(make_data(), SaveAndStop(hook, 4, path), max_epochs=2)
     with pytest.raises(ValueError, match=message):
         fit(make_data(**changed), resume=path, max_epochs=2)
+
+
+def test_a_run_whose_template_writes_the_date_resumes_on_another_day(rows, tmp_path, monkeypatch):
+    def on(day: int) -> ChatDataModule:
+        monkeypatch.setattr("lightning_qlora.modules.data.rendering.datetime", Clock(day))
+        return ChatDataModule(make_tokenizer(DATED), rows, batch_size=3, seq_len=64, seed=5)
+
+    for length in ({"max_epochs": 2}, {"max_steps": 7}):  # Lightning makes the loaders before or after it resumes
+        whole = fit(on(8), **length)
+        stopped = fit(on(8), SaveAndStop("on_train_batch_end", 2, tmp_path / "c.ckpt"), **length)
+        resumed = fit(on(9), resume=tmp_path / "c.ckpt", **length)
+        assert stopped.seen + resumed.seen == whole.seen
+        assert fit(on(9), **length).seen != whole.seen
