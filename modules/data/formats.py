@@ -13,6 +13,8 @@
 ``history`` is a list of (question, answer) pairs that come before it, whose answers are trained like any other. The
 messages of a ``prompt`` are never trained.
 
+``messages`` and ``conversations`` may also be JSON text, as in CSV files.
+
 Messages: ``from`` is understood for ``role`` and ``value`` for ``content``. Roles are system, developer, user (human),
 assistant (gpt, chatgpt, bing, bard, model) and tool (observation, function, function_response). The content is a text
 or a list of text parts (``{"type": "text", "text": ...}``). An assistant message may have ``reasoning_content`` (also
@@ -23,7 +25,9 @@ Tool definitions and calls are refused. Every other column is named as not used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -50,8 +54,11 @@ class RowFormat:
 
 
 def _listed(row: Row, column: str) -> list[Any]:
-    """The messages that stand in a column as a list."""
+    """The messages that stand in a column as a list, or as the JSON of one, as in CSV files."""
     messages = row[column]
+    if isinstance(messages, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            messages = json.loads(messages)
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"{column!r} must be a non-empty list of messages, found {messages!r:.80}")
     return list(messages)

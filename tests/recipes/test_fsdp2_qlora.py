@@ -171,16 +171,16 @@ def test_a_base_model_learns_a_format_that_goes_into_the_merged_model(
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     (tmp_path / "val.csv").write_text("question,answer\nwhat?,red\n")
-    run = flags | on(2, tmp_path / "run") | {
+    run = flags | on(1, tmp_path / "run") | {
         "model": base, "chat_template": template, "val_dataset": tmp_path / "val.csv", "epochs": 1, "show_samples": 1,
     }  # fmt: skip
     del run["max_steps"]
-    assert ranks.run(2, "cpu", run_here, run) == [0, 0]
+    assert ranks.run(1, "cpu", run_here, run) == [0]
     report = load_report(tmp_path / "run" / "report.json")
     data: Any = report["sections"]["data"]
     assert (data["train_samples"], data["val_samples"]) == (27, 1)
     assert len(report["losses"]) == 4  # 7 global batches, 2 of them a step
-    assert data["samples"][0]["runs"][-1][0].endswith("<|endoftext|>")
+    assert data["samples"][0]["runs"][0][0].startswith("user: say 0 ")
 
     merged = merge_adapter(base, tmp_path / "run" / "adapters" / "step=4", tmp_path / "merged").directory
     assert AutoTokenizer.from_pretrained(merged).chat_template == template.read_text()

@@ -1,5 +1,6 @@
 """Rows to chats: every format, what is refused, and what is named as not used."""
 
+import json
 import re
 from typing import Any
 
@@ -29,6 +30,7 @@ def unlearned(whole: Any, *positions: int) -> Any:
     ("row", "expected"),
     [
         (chat("q", "a"), chat("q", "a")),
+        ({"messages": json.dumps(chat("q", "a")["messages"])}, chat("q", "a")),  # a cell of a CSV file
         (with_system("q", "a"), with_system("q", "a")),
         ({"system": "be brief", **chat("q", "a")}, with_system("q", "a")),
         (  # ShareGPT
