@@ -9,7 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_qlora.modules.data.dataset import ChatDataset
 from lightning_qlora.modules.data.samples import IGNORE_INDEX
-from tests.conftest import CHATML
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_tokenizer(

@@ -22,7 +22,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,33 +62,30 @@ class _Part:
 
     def only(self, chosen: Sequence[bool]) -> "_Part":
         """Those that are chosen, without the counts."""
-        pairs = [
-            pair
-            for pair, is_chosen in zip(zip(self.samples, self.chats, strict=True), chosen, strict=True)
-            if is_chosen
-        ]
-        return _Part([sample for sample, _ in pairs], [chat for _, chat in pairs])
+        return _Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
 
 
 class ChatDataModule(L.LightningDataModule):
     """Train and validation batches of chats, with the loss on completions only.
 
     ``load()`` does all the reading and checking and needs no Trainer: call it before building a model, so that bad data
-    is refused in seconds. Validated on is ``val_dataset``, else the split ``validation`` of the data, else what is held
-    out of them. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts alone, not on
-    their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the data is held
-    out; a text that is repeated more often than that is trained on.
+    is refused in seconds. Validation uses ``val_dataset``, or else the split ``validation`` of the data, or else chats
+    that are held out of them. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts
+    alone, not on their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the
+    data is held out; a text that is repeated more often than that is trained on.
 
-    A chat template may write the date. It is that of the first run on all ranks and in every resumed run.
+    A chat template may write the date. All ranks and every resumed run use the date of the first run, which is kept in
+    checkpoints.
 
     With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRACausalLM`` does).
     The samples of both parts are packed once, by :func:`~lightning_qlora.modules.data.packing.pack_samples`; the packs
     are shuffled in each epoch. The loss of an epoch is that of the unpacked samples, in other batches.
 
     Args:
-        tokenizer: A fast tokenizer. It is not changed; :attr:`tokenizer` is a copy with the chat template that is used.
-        dataset: Anything :func:`load_chats` reads, or :class:`~lightning_qlora.modules.data.options.DataOptions` with
-            all that can be said of the data.
+        tokenizer: A fast tokenizer. It is not changed: with another chat template, :attr:`tokenizer` is a copy.
+        dataset: Anything :func:`load_chats` reads; or
+            :class:`~lightning_qlora.modules.data.options.DataOptions`, which also say what to validate on, what to
+            train of a chat, and how to write it.
         batch_size: Samples of one batch on one device; with ``packing``, packs.
         seq_len: Tokens kept of a sample; longer ones lose their end.
         packing: Fill rows of at most ``seq_len`` tokens with samples.

@@ -25,8 +25,8 @@ class DataOptions:
         split: Split to train on, or a part of one, such as train[:10%].
         val_dataset: Data to validate on, like dataset; used whole. Default: the split validation of dataset, or else
             rows held out of it.
-        val_samples: Most rows of the split validation to use, or to hold out, but at most a tenth of the data; 0 for no
-            validation.
+        val_samples: Maximum rows of the split validation to use, or to hold out (never more than a tenth of the data);
+            0 turns both off.
         train_on: Train all assistant turns of a chat, or the last one alone.
         chat_template: How turns are written, for base models, which bring no template: plain, chatml, llama3, or a file
             with a Jinja template. Saved beside the adapter. Default: the tokenizer's own.

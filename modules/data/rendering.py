@@ -109,17 +109,14 @@ class ChatRenderer:
         trained = [i for i, message in enumerate(chat) if message["role"] == "assistant" and message.get("train", True)]
         if self.train_on == "last":
             trained = trained[-1:]
-        try:
-            together = self._render_together(chat, trained)
-            if together is not None:
-                return [together]
-            self.notes[
-                "The chat template rewrites earlier turns of a chat (templates of reasoning models leave out earlier "
-                "thoughts): each trained turn becomes a sample of its own"
-            ] = None
-            alone = [self._render_together(chat, [position]) for position in trained]
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+        together = self._render_together(chat, trained)
+        if together is not None:
+            return [together]
+        self.notes[
+            "The chat template rewrites earlier turns of a chat (templates of reasoning models leave out earlier "
+            "thoughts): each trained turn becomes a sample of its own"
+        ] = None
+        alone = [self._render_together(chat, [position]) for position in trained]
         return [rendered for rendered in alone if rendered is not None]
 
     def _render_together(self, chat: Sequence[Message], trained: Sequence[int]) -> RenderedChat | None:
@@ -148,12 +145,15 @@ class ChatRenderer:
         return RenderedChat(text, [*turns, last])
 
     def _write(self, messages: Sequence[Message], header: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [{key: value for key, value in message.items() if key != "train"} for message in messages],
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=header,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{key: value for key, value in message.items() if key != "train"} for message in messages],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=header,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
         assert isinstance(text, str)
         return text
 

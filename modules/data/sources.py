@@ -22,6 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,8 +78,7 @@ class PlacedChats:
 
     def only(self, chosen: Sequence[bool]) -> PlacedChats:
         """Those that are chosen."""
-        kept = [i for i, is_chosen in enumerate(chosen) if is_chosen]
-        return PlacedChats([self.chats[i] for i in kept], [self.places[i] for i in kept])
+        return PlacedChats([*compress(self.chats, chosen)], [*compress(self.places, chosen)])
 
 
 def load_chats(

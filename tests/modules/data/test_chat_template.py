@@ -9,8 +9,7 @@ import pytest
 from lightning_qlora.modules.data.chat_template import tokenize_chats
 from lightning_qlora.modules.data.rendering import date_parts
 from lightning_qlora.modules.data.samples import IGNORE_INDEX
-from tests.chats import chat, learned_text, make_tokenizer
-from tests.conftest import CHATML
+from tests.chats import CHATML, chat, learned_text, make_tokenizer
 
 
 def test_only_the_answers_and_their_end_tokens_are_learned():

@@ -15,8 +15,7 @@ from lightning_qlora.modules.data.data_module import ChatDataModule
 from lightning_qlora.modules.data.options import DataOptions
 from lightning_qlora.modules.data.samples import IGNORE_INDEX, Sample
 from lightning_qlora.modules.data.sources import load_chats
-from tests.chats import DATED, Clock, chat, make_tokenizer, write
-from tests.conftest import CHATML
+from tests.chats import CHATML, DATED, Clock, chat, make_tokenizer, write
 
 
 def test_the_data_module_without_a_trainer(tokenizer, rows, monkeypatch, tmp_path):

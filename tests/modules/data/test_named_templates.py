@@ -4,8 +4,7 @@ import pytest
 
 from lightning_qlora.modules.data.chat_template import tokenize_chats
 from lightning_qlora.modules.data.named_templates import NAMED_TEMPLATES, read_chat_template
-from tests.chats import chat, learned_text, make_tokenizer
-from tests.conftest import CHATML
+from tests.chats import CHATML, chat, learned_text, make_tokenizer
 
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
