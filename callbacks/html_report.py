@@ -245,10 +245,24 @@ def _when(report: Report) -> str:
     return text + (f", resumed from step {report['resumed_from_step']}" if report["resumed_from_step"] else "")
 
 
+def _data(section: Mapping[str, Any]) -> Markup:
+    body = _details({key: value for key, value in section.items() if key != "samples"})
+    for number, sample in enumerate(section.get("samples", []), start=1):
+        body += Markup("<h3>Sample {}</h3><p>{} of {} tokens are trained, shown in colour.</p>").format(
+            number, sample["trained"], sample["tokens"]
+        )
+        runs = [
+            (Markup("<mark>{}</mark>") if trained else Markup("{}")).format(text) for text, trained in sample["runs"]
+        ]
+        body += Markup("<pre>{}</pre>").format(Markup("").join(runs))
+    return body
+
+
 _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {
     "throughput": _throughput,
     "memory": _memory,
     "compile": _compile,
+    "data": _data,
 }
 
 
@@ -566,6 +580,7 @@ p { margin: .25rem 0; }
 code, pre { font: .85em/1.45 ui-monospace, monospace; }
 code, pre, .pairs td { overflow-wrap: anywhere; }
 pre { margin: .35rem 0 0; padding: .5rem; background: var(--card); border-radius: 4px; white-space: pre-wrap; }
+mark { background: none; color: var(--good); }
 summary { cursor: pointer; }
 .muted, .small { color: var(--muted); fill: var(--muted); }
 .status { font-weight: 600; }

@@ -33,11 +33,11 @@ from lightning_qlora.callbacks import (
     ThroughputReport,
 )
 from lightning_qlora.modules.attention import choose_attention
+from lightning_qlora.modules.checkpoints.chat_format import ChatFormat
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions, base_name
-from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import as_metadata, run_recipe
 from lightning_qlora.modules.data.data_module import ChatDataModule
-from lightning_qlora.modules.data.options import BatchOptions
+from lightning_qlora.modules.data.options import BatchOptions, DataOptions
 from lightning_qlora.modules.distributed.strategies import StrategyOptions, build_strategy
 from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
@@ -52,6 +52,7 @@ from lightning_qlora.modules.training.run_directory import RunDirectory
 
 def main(
     model: ModelOptions = ModelOptions(),
+    data_options: DataOptions = DataOptions(),
     batch: BatchOptions = BatchOptions(),
     optimization: OptimizationOptions = OptimizationOptions(),
     lora: LoraOptions = LoraOptions(lora_alpha=128),
@@ -102,17 +103,19 @@ def main(
     else:
         checkpoint = files.latest_checkpoint() if run.resume else None
 
+    chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = ChatDataModule(
-        load_tokenizer(directory),
-        batch.dataset,
+        chat_format.tokenizer,
+        data_options,
         batch_size=batch.batch_size,
         seq_len=batch.seq_len,
         packing=batch.packing,
         seed=optimization.seed,
-        val_samples=32,
         max_position_embeddings=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
     )
     data.load()
+    optimization = optimization.in_steps(data.steps_per_epoch(strategy.world_size, batch.accumulate))
     module = QLoRACausalLM(
         directory,
         lora.config(),
@@ -126,6 +129,7 @@ def main(
         seed=optimization.seed,
     )
     module.check_checkpoint(checkpoint)
+    module.chat_format = chat_format.trained(directory, data.tokenizer, data.turn_ends)
 
     examples = [(run.prompt, None)] if run.prompt else [data.example()] if data.example() else []
     stop = GracefulStop(files.checkpoints)

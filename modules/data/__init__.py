@@ -5,25 +5,30 @@ from typing import TYPE_CHECKING
 from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
-    from .chat_template import choose_pad_token_id, tokenize_chats
+    from .chat_template import tokenize_chats
     from .collators import ChatCollator, PackedCollator, join_samples
     from .data_module import ChatDataModule
     from .loader import ResumableDataLoader
+    from .options import BatchOptions, DataOptions
     from .packing import pack_samples
     from .sampler import GlobalBatchSampler
-    from .samples import IGNORE_INDEX, Batch, Chat, Collator, PackedBatch, Sample
+    from .samples import IGNORE_INDEX, Batch, Chat, Collator, Message, PackedBatch, Sample
     from .sources import load_chats
+    from .vocabulary import choose_pad_token_id
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "BatchOptions",
     "Chat",
     "ChatCollator",
     "ChatDataModule",
     "Collator",
+    "DataOptions",
     "GlobalBatchSampler",
+    "Message",
     "PackedBatch",
     "PackedCollator",
     "ResumableDataLoader",

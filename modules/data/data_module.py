@@ -15,51 +15,81 @@ itself alone.
 Shapes: B = samples (or packs) in a batch of one rank, S = the longest of the batch, rounded up.
 """
 
+import copy
+import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from .chat_template import choose_pad_token_id, tokenize_chats
-from .checks import refuse_changes, require_at_least
+from .chat_template import tokenize_chats
+from .checks import BadRows, refuse_changes, require_at_least
 from .collators import ChatCollator, PackedCollator, join_samples
 from .dataset import ChatDataset
 from .loader import ResumableDataLoader
+from .named_templates import read_chat_template
+from .options import DataOptions
 from .packing import pack_samples
+from .preview import SamplePreview, print_previews
+from .rendering import date_parts
 from .sampler import GlobalBatchSampler
 from .samples import Chat, Collator, Sample
-from .sources import DEFAULT_DATASET, load_chats
+from .sources import PlacedChats, Source, open_source, read_chats
+from .vocabulary import check_token_ids, choose_pad_token_id
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Samples to train or to validate on, each with its chat."""
+
+    samples: list[Sample]
+    chats: list[Chat]
+    num_truncated: int = 0
+    num_dropped: int = 0
+    turn_ends: tuple[int, ...] = ()
+    origin: str = "held out"
+    """Of validation samples: where they are from."""
+
+    def only(self, chosen: Sequence[bool]) -> "_Part":
+        """Those that are chosen, without the counts."""
+        return _Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
 
 
 class ChatDataModule(L.LightningDataModule):
     """Train and validation batches of chats, with the loss on completions only.
 
     ``load()`` does all the reading and checking and needs no Trainer: call it before building a model, so that bad data
-    is refused in seconds. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts
+    is refused in seconds. Validation uses ``val_dataset``, or else the split ``validation`` of the data, or else chats
+    that are held out of them. The held-out chats are those whose SHA-256 is smallest: the choice depends on the texts
     alone, not on their order, the seed or the number of devices, and no text is in both parts. At most a tenth of the
     data is held out; a text that is repeated more often than that is trained on.
+
+    A chat template may write the date. All ranks and every resumed run use the date of the first run, which is kept in
+    checkpoints.
 
     With ``packing``, batches are :class:`PackedBatch`, for models that keep documents apart (``QLoRACausalLM`` does).
     The samples of both parts are packed once, by :func:`~lightning_qlora.modules.data.packing.pack_samples`; the packs
     are shuffled in each epoch. The loss of an epoch is that of the unpacked samples, in other batches.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
-        dataset: Anything :func:`load_chats` reads.
+        tokenizer: A fast tokenizer. It is not changed: with another chat template, :attr:`tokenizer` is a copy.
+        dataset: Anything :func:`load_chats` reads; or
+            :class:`~lightning_qlora.modules.data.options.DataOptions`, which also say what to validate on, what to
+            train of a chat, and how to write it.
         batch_size: Samples of one batch on one device; with ``packing``, packs.
         seq_len: Tokens kept of a sample; longer ones lose their end.
         packing: Fill rows of at most ``seq_len`` tokens with samples.
         seed: Seed of the training order.
-        val_samples: Chats to hold out, but at most a tenth of all.
         num_workers: Loader processes for each loader.
         pad_to_multiple_of: Batches are as long as their longest sample, rounded up to a multiple of this; default 8.
         collate_fn: Makes batches instead of :class:`ChatCollator` or, with ``packing``, :class:`PackedCollator`, and
@@ -79,6 +109,7 @@ class ChatDataModule(L.LightningDataModule):
             gives the token to pad with. With ``num_workers`` the function must be picklable where processes are
             spawned.
         max_position_embeddings: The model's; longer samples are warned of. ``None`` is no limit.
+        vocab_size: Rows of the model's embedding; tokens beyond are refused. ``None`` does not check.
 
     Raises:
         ValueError: For arguments out of range, or ``pad_to_multiple_of`` beside a ``collate_fn``, which would not know
@@ -90,17 +121,17 @@ class ChatDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        dataset: str | Path = DEFAULT_DATASET,
+        dataset: str | Path | DataOptions = DataOptions(),  # noqa: B008  frozen
         *,
         batch_size: int,
         seq_len: int,
         packing: bool = False,
         seed: int = 0,
-        val_samples: int = 64,
         num_workers: int = 0,
         pad_to_multiple_of: int | None = None,
         collate_fn: Collator | None = None,
         max_position_embeddings: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         if collate_fn is not None and pad_to_multiple_of is not None:
@@ -113,83 +144,166 @@ class ChatDataModule(L.LightningDataModule):
             batch_size=(batch_size, 1),
             seq_len=(seq_len, 2),
             seed=(seed, 0),
-            val_samples=(val_samples, 0),
             num_workers=(num_workers, 0),
             pad_to_multiple_of=(pad_to_multiple_of, 1),
         )
+        self.options = dataset if isinstance(dataset, DataOptions) else DataOptions(str(dataset))
         self.tokenizer = tokenizer
-        self.source = dataset
+        if self.options.chat_template is not None:
+            self.tokenizer = copy.deepcopy(tokenizer)
+            self.tokenizer.chat_template = read_chat_template(self.options.chat_template, tokenizer)
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.packing = packing
         self.seed = seed
-        self.val_samples = val_samples
         self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
         self.collate_fn = collate_fn
         self.max_position_embeddings = max_position_embeddings
+        self.vocab_size = vocab_size
         self.train_set: ChatDataset | None = None
         self.val_set: ChatDataset | None = None
         self.val_chats: list[Chat] = []
-        """The held-out chats as text, e.g. for answers before and after training."""
+        """The chats to validate on as text, e.g. for answers before and after training."""
         self.num_dropped = 0
-        """Chats left out because ``seq_len`` cuts their completions away."""
+        """Samples left out because ``seq_len`` cuts their completions away."""
         self.num_truncated = 0
         """Samples, train and held out, that lost tokens at the end."""
         self.num_train = 0
         """Samples to train on, packed or not."""
         self.num_val = 0
-        """Samples held out, packed or not."""
+        """Samples to validate on, packed or not."""
         self.fill: float | None = None
         """With packing, the part of ``seq_len`` tokens that a training pack holds, on average."""
         self.fingerprint = ""
         """SHA-256 of the training set: equal for the same data, tokenizer, template, ``seq_len`` and ``packing``."""
+        self.turn_ends: tuple[int, ...] = ()
+        """Tokens that end the trained turns: the model learns to stop with them."""
+        self.date: dict[str, str] = {}
+        """What the chat template writes of the date, by directives of ``strftime``; empty if it writes none."""
+        self.previews: list[SamplePreview] = []
+        """The samples that ``show_samples`` asks for."""
 
     def load(self) -> None:
         """Read, check, tokenize and split the data, once; a second call does nothing.
 
         Raises:
-            ValueError: As :func:`load_chats`, :func:`tokenize_chats` and :func:`choose_pad_token_id` do.
+            ValueError: As :func:`load_chats`, :func:`tokenize_chats`, :func:`choose_pad_token_id` and
+                :func:`check_token_ids` do.
         """
         if self.train_set is not None:
             return
-        pad_token_id = choose_pad_token_id(self.tokenizer)
-        chats = load_chats(self.source)
-        tokenized = tokenize_chats(self.tokenizer, chats, self.seq_len)
-        chats = [chats[index] for index in tokenized.kept]
-        most = min(self.val_samples, len(chats) // 10)
-        held_out = _held_out(chats, most)
-        train = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if not out]
-        val = [sample for sample, out in zip(tokenized.samples, held_out, strict=True) if out]
-        self.val_chats = [chat for chat, out in zip(chats, held_out, strict=True) if out]
-        self.num_dropped, self.num_truncated = tokenized.num_dropped, tokenized.num_truncated
-        self.num_train, self.num_val = len(train), len(val)
-        if self.packing:
-            train, val = _pack(train, self.seq_len), _pack(val, self.seq_len)
-            self.fill = sum(len(pack["input_ids"]) for pack in train) / (len(train) * self.seq_len)
-        self.fingerprint = hashlib.sha256(json.dumps(train).encode()).hexdigest()
+        pad_token_id = choose_pad_token_id(self.tokenizer, pad_token=self.options.pad_token, vocab_size=self.vocab_size)
+        self.date = date_parts(self.tokenizer.get_chat_template()) if self.tokenizer.chat_template else {}
+        train, val = self._read()
+        self.val_set = ChatDataset([], pad_token_id)
+        self.train_set = ChatDataset([], pad_token_id)
+        self._hold(train, val)
         collator = PackedCollator if self.packing else ChatCollator
         self.collator: Collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
-        self.val_set = ChatDataset(val, pad_token_id)
-        self.train_set = ChatDataset(train, pad_token_id)
-        rank_zero_info(self._summary())
-        if most and not self.num_val:
-            rank_zero_info(
-                f"nothing is held out: every text is there more than {most} times, and its repetitions stay together"
-            )
-        longest = max(len(sample["input_ids"]) for sample in tokenized.samples)
+        rank_zero_info(self._summary(val.origin))
+        longest = max(len(sample["input_ids"]) for sample in (*train.samples, *val.samples))
         if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
             rank_zero_warn(
                 f"The longest sample has {longest} tokens, but the model's config.json says "
                 f"max_position_embeddings={self.max_position_embeddings}: it has seen no positions beyond. With a "
                 "seq_len of that, such samples lose their end."
             )
+        self.previews = [SamplePreview.of(each, self.tokenizer) for each in train.samples[: self.options.show_samples]]
+        rank_zero_only(print_previews)(self.previews)
+
+    def _read(self) -> tuple[_Part, _Part]:
+        """Read and tokenize what to train and what to validate on."""
+        options = self.options
+        source = open_source(options.dataset, options.subset)
+        train = self._tokenize(source, read_chats(source, options.split, options.skip_bad_rows))
+        if options.val_dataset is not None:
+            other = open_source(options.val_dataset)
+            split = next(split for split in ("validation", "train", *other.splits) if split in other.splits)
+            val = self._tokenize(other, read_chats(other, split, options.skip_bad_rows))
+            val = dataclasses.replace(val, origin=f"of {other.name} to validate on")
+        elif "validation" in source.splits and options.split != "validation" and options.val_samples:
+            read = read_chats(source, "validation", options.skip_bad_rows)
+            chosen = _smallest(read.chats, min(options.val_samples, len(read.chats)))
+            val = self._tokenize(source, read.only(chosen))
+            val = dataclasses.replace(
+                val, origin=f"to validate on, of the {len(read.chats)} rows of its split validation"
+            )
+        else:
+            most = min(options.val_samples, len(train.samples) // 10)
+            held_out = _smallest(train.chats, most)
+            val = train.only(held_out)
+            counts = {name: getattr(train, name) for name in ("num_truncated", "num_dropped", "turn_ends")}
+            train = dataclasses.replace(train.only([not out for out in held_out]), **counts)
+            if most and not val.samples:
+                rank_zero_info(
+                    f"nothing is held out: every text is there more than {most} times, and its repetitions stay "
+                    "together"
+                )
+            return train, val
+        known = set(_digests(train.chats))
+        if shared := sum(digest in known for digest in _digests(val.chats)):
+            rank_zero_warn(
+                f"{shared} of the {len(val.chats)} samples to validate on are also trained on: val_loss will be lower "
+                "than it is for new texts."
+            )
+        return train, val
+
+    def _tokenize(self, source: Source, read: PlacedChats) -> _Part:
+        tokenized = tokenize_chats(
+            self.tokenizer, read.chats, self.seq_len, train_on=self.options.train_on, date=self.date,
+            places=read.places, bad=BadRows(source.name, self.options.skip_bad_rows),
+        )  # fmt: skip
+        if self.vocab_size is not None:
+            check_token_ids(tokenized.samples, self.tokenizer, self.vocab_size)
+        chats = [read.chats[index] for index in tokenized.kept]
+        return _Part(
+            tokenized.samples, chats, tokenized.num_truncated, tokenized.num_dropped, tokenized.turn_ends
+        )  # fmt: skip
+
+    def _hold(self, train: _Part, val: _Part) -> None:
+        """Put samples into the data sets, which loaders may have already, and note what is known of them."""
+        train_set, val_set = self._loaded()
+        self.val_chats = val.chats
+        self.num_dropped = train.num_dropped + val.num_dropped
+        self.num_truncated = train.num_truncated + val.num_truncated
+        self.num_train, self.num_val = len(train.samples), len(val.samples)
+        self.turn_ends = train.turn_ends
+        rows, val_rows = train.samples, val.samples
+        if self.packing:
+            rows, val_rows = _pack(rows, self.seq_len), _pack(val_rows, self.seq_len)
+            self.fill = sum(len(pack["input_ids"]) for pack in rows) / (len(rows) * self.seq_len)
+        self.fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        train_set.replace(rows)
+        val_set.replace(val_rows)
+
+    def _write_date(self, date: dict[str, str]) -> None:
+        """Tokenize again with another date, if the chat template writes one and has written another."""
+        self.load()
+        if not date or date == self.date:
+            return
+        rank_zero_info(
+            f"The chat template writes the date: it stays that of the first run ({' '.join(date.values())})."
+        )
+        self.date = date
+        self._hold(*self._read())
+
+    def steps_per_epoch(self, devices: int, accumulate: int = 1) -> int:
+        """Optimizer steps in which all training samples are used once.
+
+        Args:
+            devices: Number of ranks.
+            accumulate: Micro-batches per step. The last step of an epoch may have fewer.
+        """
+        train_set, _ = self._loaded()
+        return math.ceil(math.ceil(len(train_set) / (self.batch_size * devices)) / accumulate)
 
     def report_section(self) -> dict[str, Any] | None:
         """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
 
         ``train_samples``, ``val_samples``, ``truncated`` and ``dropped`` are the ``num_`` attributes; with packing
-        there are also ``train_packs`` and ``val_packs``, the rows of both parts, and ``fill``.
+        there are also ``train_packs`` and ``val_packs``, the rows of both parts, and ``fill``; with ``show_samples``,
+        ``samples``, each as a :class:`~lightning_qlora.modules.data.preview.SamplePreview`.
         """
         if self.train_set is None or self.val_set is None:
             return None
@@ -201,11 +315,16 @@ class ChatDataModule(L.LightningDataModule):
         }
         if self.packing:
             section |= {"train_packs": len(self.train_set), "val_packs": len(self.val_set), "fill": self.fill}
+        if self.previews:
+            section["samples"] = [dataclasses.asdict(preview) for preview in self.previews]
         return section
 
     def setup(self, stage: str) -> None:
         """Lightning's hook, run on every rank."""
         self.load()
+        if self.date and self.trainer is not None and self.trainer.world_size > 1:
+            # Ranks that started before and after midnight must not train on different texts.
+            self._write_date(self.trainer.strategy.broadcast(self.date))
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the loader of this rank's training batches."""
@@ -237,23 +356,24 @@ class ChatDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the data are, for the check at resume; Lightning stores it in every checkpoint."""
-        return self._identity()
+        return {**self._identity(), "date": self.date}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was made with these data.
+        """Check that a checkpoint was made with these data, after taking over the date that its texts have.
 
         Raises:
             ValueError: If the training samples, the seed or the global batch size are others.
         """
+        self._write_date(state_dict.get("date", {}))
         refuse_changes(state_dict, self._identity())
 
-    def _summary(self) -> str:
+    def _summary(self, origin: str) -> str:
         train_set, val_set = self._loaded()
-        text = f"{self.source}: {self.num_train} samples to train on, {self.num_val} held out"
+        text = f"{self.options.dataset}: {self.num_train} samples to train on, {self.num_val} {origin}"
         if self.num_truncated or self.num_dropped:
             text += (
                 f"; seq_len={self.seq_len} cut the end of {self.num_truncated} of them, and {self.num_dropped} more "
-                "are left out, for it cut away what there was to learn"
+                "are left out, because it cut away what there was to learn"
             )
         if self.fill is not None:
             text += f"; packed into {len(train_set)} and {len(val_set)} rows, {1 - self.fill:.1%} of them empty"
@@ -292,9 +412,13 @@ def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
     return [join_samples(samples[index] for index in pack) for pack in packs]
 
 
-def _held_out(chats: Sequence[Chat], most: int) -> list[bool]:
+def _digests(chats: Sequence[Chat]) -> list[bytes]:
+    return [hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest() for chat in chats]
+
+
+def _smallest(chats: Sequence[Chat], most: int) -> list[bool]:
     """Mark at most ``most`` chats: those of the smallest SHA-256, each with its repetitions or not at all."""
-    digests = [hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest() for chat in chats]
+    digests = _digests(chats)
     chosen = set()
     for digest, repetitions in sorted(Counter(digests).items()):
         if repetitions <= most:

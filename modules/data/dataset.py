@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import datasets
 from torch.utils.data import Dataset
 
 from .samples import IGNORE_INDEX, Sample
@@ -17,10 +16,16 @@ class ChatDataset(Dataset[Sample]):
     """
 
     def __init__(self, samples: Sequence[Sample], blank_token_id: int) -> None:
+        self.replace(samples)
+        self.blank: Sample = {"input_ids": [blank_token_id], "labels": [IGNORE_INDEX]}
+
+    def replace(self, samples: Sequence[Sample]) -> None:
+        """Hold other samples, also for the loaders that have this data set already."""
+        import datasets  # here: it takes a second to import
+
         # Arrow holds the lists: compact, and shared with loader workers instead of copied. Built in memory, so no cache
         # files.
         self.rows = datasets.Dataset.from_list(list(samples)) if samples else []
-        self.blank: Sample = {"input_ids": [blank_token_id], "labels": [IGNORE_INDEX]}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -46,12 +46,16 @@ class GlobalBatchSampler(DistributedSampler[int]):
         require_at_least(batch_size=(batch_size, 1), seed=(seed, 0))
         # DistributedSampler asks for a Dataset, but reads its length alone.
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.dataset_size = len(dataset)
         self.batch_size = batch_size
         self.start_batch = 0
         """Batches the next iteration leaves out; it applies once, and ``len()`` does not change."""
         self.epoch_offset = 0
         """Added to the epoch that ``set_epoch`` announces."""
+
+    @property
+    def dataset_size(self) -> int:
+        """Samples of the data set, the blank one excluded."""
+        return len(self.dataset)  # type: ignore[arg-type]
 
     @property
     def global_batch_size(self) -> int:

@@ -1,12 +1,29 @@
 """What passes between the parts of the data pipeline: chats, tokenized samples, batches."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
-Chat = dict[str, list[dict[str, str]]]
-"""One conversation: ``{"messages": [{"role": ..., "content": ...}, ...]}``."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Message(TypedDict):
+    """One message of a chat, as chat templates take it."""
+
+    role: Role
+    content: str
+    reasoning_content: NotRequired[str]
+    """What an assistant thought before it answered, for templates that write it."""
+    train: NotRequired[bool]
+    """``False`` for an assistant turn that is read but not trained."""
+
+
+class Chat(TypedDict):
+    """One conversation."""
+
+    messages: list[Message]
+
 
 IGNORE_INDEX = -100
 """The label that cross-entropy leaves out."""

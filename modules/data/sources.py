@@ -1,146 +1,285 @@
-"""Reading conversations: the embedded set, JSON and JSON Lines files, data sets that ``datasets`` can load."""
+"""Where rows come from: the embedded set, files, directories, data sets of a hub.
 
+| file | holds |
+|---|---|
+| ``.json`` | one list of rows |
+| ``.jsonl``, ``.ndjson`` | one row per line |
+| ``.csv``, ``.tsv`` | a line of column names, then one row per line; every cell is text |
+| ``.parquet`` | a table |
+
+Text files may be compressed (``.jsonl.gz``); names may be in capitals. A directory is what ``save_to_disk`` of
+``datasets`` wrote, or holds data files. Any other name is that of a data set on the Hugging Face hub. What a row may be
+stands in :mod:`~lightning_qlora.modules.data.formats`.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
+from typing import IO, Any
 
-import datasets
+from lightning.pytorch.utilities import rank_zero_info
 
+from .checks import BadRows
+from .formats import to_chat
 from .samples import Chat
 from .stdlib_docs import stdlib_api_cards
 
 DEFAULT_DATASET = "stdlib-api-cards"
 
-_ROLES = ("system", "user", "assistant")
+#: Where a row stands, as in ``"line 3"``, and the row; or what is wrong with that place, so that others are still read.
+PlacedRow = tuple[str, object]
 
-_PAIR_FIELDS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"))
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set.
+
+    Attributes:
+        name: As messages name it.
+        splits: For each of its splits, a function that reads the rows. A file has the split ``train`` alone.
+        read_part: Reads what an expression such as ``"train[:10%]"`` says; ``None`` if the source knows none.
+    """
+
+    name: str
+    splits: Mapping[str, Callable[[], Iterator[PlacedRow]]]
+    read_part: Callable[[str], Iterator[PlacedRow]] | None = None
+
+    def rows(self, split: str) -> Iterator[PlacedRow]:
+        """Read the rows of a split.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+        if self.read_part is not None and any(mark in split for mark in "[+"):
+            return self.read_part(split)
+        if split not in self.splits:
+            raise ValueError(
+                f"{self.name} has no split {split!r}; its splits are: {', '.join(self.splits)}. Choose one with "
+                "--split."
+            )
+        return self.splits[split]()
 
 
-def load_chats(dataset: str | Path) -> list[Chat]:
-    """Read conversations from the embedded set, a JSON or JSON Lines file, or a data set that ``datasets`` can load.
+@dataclass(frozen=True)
+class PlacedChats:
+    """Chats, and where each of them stands in its source."""
 
-    A row is one of ``{"messages": [{"role": ..., "content": ...}, ...]}`` with the roles system, user and assistant,
-    ``{"instruction": ..., "response": ...}`` (``output`` is understood for ``response``) with an optional ``input``, or
-    ``{"prompt": ..., "completion": ...}``.
+    chats: list[Chat]
+    places: list[str]
+
+    def only(self, chosen: Sequence[bool]) -> PlacedChats:
+        """Those that are chosen."""
+        return PlacedChats([*compress(self.chats, chosen)], [*compress(self.places, chosen)])
+
+
+def load_chats(
+    dataset: str | Path, *, split: str = "train", subset: str | None = None, skip_bad_rows: bool = False
+) -> list[Chat]:
+    """Read conversations from the embedded set, a file, a directory or a data set of the hub.
 
     Args:
-        dataset: ``"stdlib-api-cards"``; a path ending in ``.json`` (one list of rows) or ``.jsonl`` (one row a line);
-            or the name of a data set on the hub or of a local directory, whose ``train`` split is read.
+        dataset: ``"stdlib-api-cards"``, a path or a name, as in the table of this module.
+        split: Which split of a data set.
+        subset: Which subset (configuration) of a data set on the hub.
+        skip_bad_rows: Leave out rows that cannot be trained on, with a warning.
 
     Returns:
-        One chat a row, in the order of the source, with nothing but role and content in its messages.
+        One chat per row, in the order of the source.
 
     Raises:
-        ValueError: If the source is missing, empty or not JSON (naming the line), or a row cannot be trained on (naming
-            it).
+        ValueError: If the source is missing, empty or damaged, or rows cannot be trained on (naming the first ten).
     """
-    if str(dataset) == DEFAULT_DATASET:
-        return stdlib_api_cards()
-    path = Path(dataset)
-    if path.suffix in (".json", ".jsonl"):
-        rows = _read_json(path)
-    elif path.is_file():
-        raise ValueError(
-            f"{path}: unknown file type {path.suffix!r}; save the rows as .json (a list) or .jsonl (one a line)"
-        )
-    else:
-        rows = _read_hub(str(dataset))
-    chats = [_to_chat(row, where) for where, row in rows]
-    if not chats:
-        raise ValueError(f"{dataset}: the data set is empty; it needs at least one row")
-    return chats
+    return read_chats(open_source(dataset, subset), split, skip_bad_rows).chats
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (where, row) of a file; ``where`` names the place for error messages."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; pass an existing .json or .jsonl file, or {DEFAULT_DATASET!r}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
-        # Not splitlines(): JSON strings may hold U+2028 and friends, which are no line ends here.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _parse(line, path, first_line=number)
-        return
+def read_chats(source: Source, split: str, skip_bad_rows: bool) -> PlacedChats:
+    """Read a split of a source as chats, and say which columns are not used.
+
+    Raises:
+        ValueError: As :func:`load_chats`.
+    """
+    bad, unused = BadRows(source.name, skip_bad_rows), dict[str, None]()
+    chats: list[Chat] = []
+    places: list[str] = []
+    for where, row in source.rows(split):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            chats.append(to_chat(row, unused))
+            places.append(where)
+        except ValueError as error:
+            bad.add(where, error)
+    if not chats and not bad.count:
+        raise ValueError(f"{source.name}: the data set is empty; it needs at least one row")
+    bad.settle(len(chats) + bad.count)
+    if unused:
+        rank_zero_info(f"{source.name}: not used, and without effect on training: {', '.join(unused)}")
+    return PlacedChats(chats, places)
+
+
+def open_source(dataset: str | Path, subset: str | None = None) -> Source:
+    """Find out what ``dataset`` is, and which splits it has.
+
+    Raises:
+        ValueError: If there is no such data set, or a subset is asked of one that has none.
+    """
+    name, path = str(dataset), Path(dataset)
+    reader = _READERS.get(_suffix(path))
+    if subset is not None and (name == DEFAULT_DATASET or path.is_file()):
+        raise ValueError(f"{name} has no subsets; leave --subset out")
+    if name == DEFAULT_DATASET:
+        return Source(name, {"train": lambda: _numbered(stdlib_api_cards())})
+    if path.is_file() and reader is None:
+        raise ValueError(f"{name}: unknown file type {path.suffix!r}; known are {_KNOWN} and, of text files, .gz")
+    if reader is not None and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{name}: no such file; pass a {_KNOWN} file, or {DEFAULT_DATASET!r}")
+        return Source(name, {"train": lambda: reader(path)})
+    return _open_with_datasets(name, subset)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Iterator[PlacedRow]:
+    with _open_text(path) as file:
+        text = _read_text(path, file.read)
     if not text.strip():
         return
-    rows = _parse(text, path, first_line=1)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds a JSON {type(rows).__name__}, not a list of rows; one object a line is .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _parse(text: str, path: Path, first_line: int) -> object:
     try:
-        return json.loads(text)
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        hint = "; one object a line is .jsonl" if path.suffix == ".json" and error.msg == "Extra data" else ""
-        raise ValueError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}{hint}") from error
-
-
-def _read_hub(name: str) -> Iterator[tuple[str, object]]:
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except (
-        Exception
-    ) as error:  # the hub client raises a dozen unrelated types, from timeouts to parsers of the data files
+        hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}{hint}") from error
+    if not isinstance(rows, list):
         raise ValueError(
-            f"the data set {name!r} cannot be loaded ({type(error).__name__}: {error}); pass {DEFAULT_DATASET!r}, an "
-            "existing .json or .jsonl file, or the name of a data set with a train split on a hub that this machine "
-            "can reach"
-        ) from error
+            f"{path}: holds a JSON {type(rows).__name__}, not a list of rows; one object per line is .jsonl"
+        )
+    yield from _numbered(rows)
+
+
+def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
+    with _open_text(path) as file:
+        number = 0
+        while line := _read_text(path, file.readline):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line.rstrip("\r\n"))
+            except json.JSONDecodeError as error:
+                yield f"line {number}", ValueError(f"not JSON at column {error.colno}: {error.msg}")
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[PlacedRow]:
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than the usual limit of 128 KiB
+    try:
+        with _open_text(path) as file:
+            lines = iter(lambda: _read_text(path, file.readline), "")
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            for row in reader:
+                where = f"line {reader.line_num}"
+                if None in row:
+                    yield where, ValueError(f"has more cells than the {len(row) - 1} columns of the first line")
+                else:
+                    yield where, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_tsv(path: Path) -> Iterator[PlacedRow]:
+    return _read_csv(path, delimiter="\t")
+
+
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+_KNOWN = ", ".join(_READERS)
+
+
+def _suffix(path: Path) -> str:
+    """What kind of file a name says, in small letters and without ``.gz``."""
+    name = Path(path.name.lower())
+    return name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix
+
+
+def _open_text(path: Path) -> IO[str]:
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    # Lines end at line feeds alone: JSON strings may hold U+2028 and friends, CSV cells whole texts.
+    return opened(path, "rt", encoding="utf-8-sig", newline="\n")  # type: ignore[operator,no-any-return]
+
+
+def _read_text(path: Path, read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _numbered(rows: Any) -> Iterator[PlacedRow]:
     for number, row in enumerate(rows, start=1):
-        yield f"{name}, row {number}", row
+        yield f"row {number}", row
 
 
-def _to_chat(row: object, where: str) -> Chat:
-    """Bring a row into the form of a chat, or say what is wrong with it."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object with fields, found {type(row).__name__}")
-    if "messages" in row:
-        return {"messages": _check_messages(row["messages"], where)}
-    for prompt_field, completion_field in _PAIR_FIELDS:
-        if prompt_field in row and completion_field in row:
-            prompt, completion = row[prompt_field], row[completion_field]
-            context = row.get("input") if prompt_field == "instruction" else None
-            if context and isinstance(prompt, str) and isinstance(context, str):
-                prompt = f"{prompt}\n\n{context}"
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return {"messages": _check_messages(messages, where)}
-    raise ValueError(
-        f"{where}: found the fields {sorted(map(str, row))}, but a row needs 'messages', or 'instruction' and "
-        "'response', or 'prompt' and 'completion'"
-    )
+# --- data sets -------------------------------------------------------------------------------------------------------
 
 
-def _check_messages(messages: object, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a non-empty list of {{role, content}}, found {messages!r:.80}")
-    checked: list[dict[str, str]] = []
-    for number, message in enumerate(messages, start=1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if role not in _ROLES:
-            raise ValueError(f"{where}, message {number}: unknown role {role!r}; known roles: {', '.join(_ROLES)}")
-        if not isinstance(content, str) or message.get("tool_calls"):
-            raise ValueError(f"{where}, message {number} ({role}): the content must be text and nothing else")
+def _open_with_datasets(name: str, subset: str | None) -> Source:
+    import datasets  # here: it takes a second to import, and files do not need it
+
+    path = Path(name)
+    saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved and subset is not None:
+        raise ValueError(f"{name} was written by save_to_disk and has no subsets; leave --subset out")
+
+    def load(split: str | None = None) -> Any:
         try:
-            content.encode()
-        except UnicodeEncodeError as error:
+            return datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset, split=split)
+        except Exception as error:  # the hub client raises a dozen unrelated types, and so do readers of data files
+            part = f", split {split!r}," if split else ""
             raise ValueError(
-                f"{where}, message {number} ({role}): character {error.start + 1} is half of a surrogate pair "
-                f"({content[error.start]!r}), as a cut emoji leaves, and no tokenizer takes it; mend or remove the row"
+                f"the data set {name!r}{part} cannot be loaded ({type(error).__name__}: {error}); pass "
+                f"{DEFAULT_DATASET!r}, a {_KNOWN} file, a directory, or the name of a data set on a hub that this "
+                "machine can reach, with --subset if it has several"
             ) from error
-        if role == "assistant" and not content.strip():
-            raise ValueError(f"{where}, message {number}: empty completion, nothing to learn; remove the row")
-        checked.append({"role": role, "content": content})
-    roles = [message["role"] for message in checked]
-    if "assistant" not in roles:
-        raise ValueError(f"{where}: no assistant turn, nothing to learn; remove the row")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise ValueError(f"{where}: the assistant speaks before any user turn; a chat begins with what it answers")
-    return checked
+
+    loaded = load()
+    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    return Source(
+        name,
+        {split: functools.partial(_numbered, rows) for split, rows in splits.items()},
+        read_part=None if saved else lambda split: _numbered(load(split)),
+    )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ...kernels.nf4 import Quantized4bit, dequantize_4bit, dequantize_quant_state
+from ..checkpoints.chat_format import copy_changes
 from ..checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from ..lora.adapter_files import read_adapter
 from ..lora.config import check_plain_lora
@@ -166,6 +167,7 @@ def merge_adapter(
             for file in base.glob(pattern):
                 if file.name not in ("config.json", INDEX_NAME) and not file.name.startswith("adapter_"):
                     shutil.copy(file, staged)
+        copy_changes(adapter, staged)
         config.dtype = dtype
         config.architectures = [family_of(config).architecture]
         config.save_pretrained(staged)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..attention import AttentionBackend, choose_attention
+from ..checkpoints.chat_format import ChatFormat
 from ..checkpoints.loading import LoadReport
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..distributed.collectives import all_reduce_sum, gather_objects
@@ -126,6 +127,8 @@ class QLoRAModule(L.LightningModule):
         self.identity = BaseIdentity.of(self.base, self.lora)
         self.strict_loading = False  # checkpoints hold the adapters only
         self.model: QLoRAForCausalLM | None = None
+        self.chat_format: ChatFormat | None = None
+        """How the finetuned model is talked to, if that is known: saved with adapters, and used for answers."""
         self._load: LoadReport | None = None
         self._pending: list[tuple[Tensor, int]] = []
         self._val: list[tuple[Tensor, int]] = []
@@ -372,3 +375,5 @@ class QLoRAModule(L.LightningModule):
     def save_adapter(self, directory: str | Path) -> None:
         """Write the adapter in peft's format (``PeftModel.from_pretrained`` loads it). All ranks must call it."""
         save_adapter(self._model, directory, self.lora, self.model_name, write=self.global_rank == 0)
+        if self.chat_format is not None and self.global_rank == 0:
+            self.chat_format.save(directory)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from torch import Tensor
 
+from ..checkpoints.chat_format import ChatFormat
 from ..losses.functional import cross_entropy
 from ..models.causal_lm import QLoRAForCausalLM
 from ..models.options import ComputeOptions
@@ -108,6 +109,7 @@ class QLoRACausalLM(QLoRAModule):
         training = self.training
         self.eval()
         with self.trainer.precision_plugin.forward_context():
-            text = greedy_answer(self._model, self.model_dir, prompt, self.device, max_new_tokens)
+            chat_format = self.chat_format or ChatFormat.of(self.model_dir)
+            text = greedy_answer(self._model, chat_format, prompt, self.device, max_new_tokens)
         self.train(training)
         return text

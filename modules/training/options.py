@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from ..losses import cross_entropy
 from ..options import at_least
@@ -19,6 +22,7 @@ class OptimizationOptions:
 
     Args:
         max_steps: Number of optimizer steps.
+        epochs: Train this many times on all of the data, instead of max_steps. May be a fraction.
         lr: Peak learning rate. It rises over the first 5 % of the steps, then decays to 0 on a cosine.
         clip_norm: Gradients are scaled down to this global norm if theirs is larger. 0 means no clipping.
         seed: Seed of adapter initialization, data order and dropout.
@@ -30,6 +34,7 @@ class OptimizationOptions:
     """
 
     max_steps: int = 30
+    epochs: float | None = None
     lr: float = 3e-4
     clip_norm: float = 1.0
     seed: int = 0
@@ -38,6 +43,11 @@ class OptimizationOptions:
 
     def __post_init__(self) -> None:
         at_least(1, max_steps=self.max_steps)
+        if self.epochs is not None:
+            if not (math.isfinite(self.epochs) and self.epochs > 0):
+                raise ValueError(f"--epochs must be a positive finite number, got {self.epochs}.")
+            if self.max_steps != OptimizationOptions.max_steps:
+                raise ValueError(f"Both --max_steps={self.max_steps} and --epochs={self.epochs} are given. Give one.")
         at_least(0, seed=self.seed)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"--lr: learning_rate must be a positive finite number, got {self.lr}.")
@@ -47,6 +57,14 @@ class OptimizationOptions:
             raise ValueError(f"--label_smoothing must be at least 0 and below 1, got {self.label_smoothing}.")
         if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
             raise ValueError(f"--z_loss must be a finite number of at least 0, got {self.z_loss}.")
+
+    def in_steps(self, steps_per_epoch: int) -> OptimizationOptions:
+        """These options with ``epochs`` turned into ``max_steps``, rounded up, which is said."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * steps_per_epoch)
+        rank_zero_info(f"{self.epochs:g} epochs of {steps_per_epoch} optimizer steps: {steps} steps.")
+        return dataclasses.replace(self, epochs=None, max_steps=steps)
 
     @property
     def loss(self) -> Callable[..., Any]:

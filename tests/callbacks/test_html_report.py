@@ -195,6 +195,15 @@ def test_text_from_outside_is_text(report: Report) -> None:
     assert page.text.count(evil) == 14
 
 
+def test_samples_show_what_is_trained(report: Report) -> None:
+    sample = {"tokens": 9, "trained": 4, "runs": [["<|user|>q\n", False], ["a</s>", True], ["\n", False]]}
+    report["sections"]["data"] = {"train_samples": 25, "samples": [sample]}
+    html = render_html(report)
+    assert "<pre>&lt;|user|&gt;q\n<mark>a&lt;/s&gt;</mark>\n</pre>" in html
+    assert re.search(r"train_samples\s*25", Page(html).text)
+    assert "4 of 9 tokens are trained" in Page(html).text
+
+
 def test_a_report_of_nothing(report: Report) -> None:
     report.update(
         {

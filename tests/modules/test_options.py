@@ -10,7 +10,7 @@ import torch
 
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions
 from lightning_qlora.modules.cli import flags_of
-from lightning_qlora.modules.data.options import BatchOptions
+from lightning_qlora.modules.data.options import BatchOptions, DataOptions
 from lightning_qlora.modules.distributed.strategies import StrategyOptions
 from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
 from lightning_qlora.modules.hardware import Precision, PrecisionChoice
@@ -20,8 +20,8 @@ from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 
 GROUPS: list[Any] = [
-    ModelOptions, BatchOptions, OptimizationOptions, LoraOptions, StrategyOptions, ComputeOptions, CheckpointOptions,
-    RunOptions,
+    ModelOptions, DataOptions, BatchOptions, OptimizationOptions, LoraOptions, StrategyOptions, ComputeOptions,
+    CheckpointOptions, RunOptions,
 ]  # fmt: skip
 
 
@@ -46,10 +46,15 @@ def test_no_two_groups_have_a_field_in_common() -> None:
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
+        (DataOptions, {"val_samples": -1}, "--val_samples must be at least 0, got -1"),
+        (DataOptions, {"show_samples": -1}, "--show_samples must be at least 0, got -1"),
+        (DataOptions, {"train_on": "first"}, "--train_on must be 'all' or 'last', got 'first'"),
         (BatchOptions, {"batch_size": 0}, "--batch_size must be at least 1, got 0"),
         (BatchOptions, {"accumulate": 0}, "--accumulate must be at least 1, got 0"),
         (BatchOptions, {"seq_len": 1}, "--seq_len must be at least 2, got 1"),
         (OptimizationOptions, {"max_steps": 0}, "--max_steps must be at least 1, got 0"),
+        (OptimizationOptions, {"epochs": 0.0}, r"--epochs must be a positive finite number, got 0\.0"),
+        (OptimizationOptions, {"epochs": 2.0, "max_steps": 9}, r"Both --max_steps=9 and --epochs=2\.0 are given"),
         (OptimizationOptions, {"seed": -1}, "--seed must be at least 0, got -1"),
         (OptimizationOptions, {"lr": 0.0}, r"--lr: learning_rate must be a positive finite number, got 0\.0"),
         (OptimizationOptions, {"lr": float("inf")}, "learning_rate must be a positive finite number, got inf"),
@@ -86,6 +91,11 @@ def test_the_loss_is_cross_entropy_with_what_is_asked_for() -> None:
     for wrong in ({"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1.0}, {"z_loss": math.inf}):
         with pytest.raises(ValueError, match=f"--{next(iter(wrong))} must be"):
             OptimizationOptions(**wrong)
+
+
+def test_epochs_come_to_steps() -> None:
+    assert OptimizationOptions(epochs=1.5, lr=1.0).in_steps(7) == OptimizationOptions(max_steps=11, lr=1.0)
+    assert OptimizationOptions(max_steps=9).in_steps(7).max_steps == 9
 
 
 def test_a_twentieth_of_the_steps_warms_up() -> None:

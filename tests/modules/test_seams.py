@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, HeliumConfig, HeliumForCausalLM
 from lightning_qlora.modules import ChatDataModule, QLoRACausalLM, default_lora
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.data.collators import ChatCollator
+from lightning_qlora.modules.data.options import DataOptions
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.families import FAMILIES, Family
 from lightning_qlora.modules.quantization import NF4Linear
@@ -73,7 +74,11 @@ def test_a_loss_and_a_collator_are_functions(tiny_llama_dir: Path, tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     data = ChatDataModule(
-        tokenizer, tmp_path / "rows.jsonl", batch_size=3, seq_len=64, val_samples=0, collate_fn=with_weights
+        tokenizer,
+        DataOptions(str(tmp_path / "rows.jsonl"), val_samples=0),
+        batch_size=3,
+        seq_len=64,
+        collate_fn=with_weights,
     )
     module = QLoRACausalLM(tiny_llama_dir, default_lora(4), loss=weighted, loss_inputs=["weights"])
     fit = trainer(default_root_dir=tmp_path)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from lightning_qlora.callbacks.report import Report, load_report, write_json
 from lightning_qlora.modules import hardware
@@ -25,6 +25,7 @@ from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.cli import flags_of, run_recipe
 from lightning_qlora.modules.data.data_module import ChatDataModule
 from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
+from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.models.families import FAMILIES
 from tests.distributed import RankPools
 from tests.recipes.runs import (
@@ -89,7 +90,6 @@ def stock_losses(model_dir: Path, adapter: Path, flags: Mapping[str, Any]) -> li
         flags["dataset"],
         batch_size=GLOBAL_BATCH,
         seq_len=flags["seq_len"],
-        val_samples=32,
     )
     data.load()
     assert data.train_set is not None
@@ -156,6 +156,36 @@ def test_packed_rows_train_on_two_devices_as_on_one(ranks: RankPools, flags: Fla
     assert data["train_samples"] == 25
     assert data["train_packs"] < 20
     assert data["fill"] > 0.8
+
+
+def test_a_base_model_learns_a_format_that_goes_into_the_merged_model(
+    ranks: RankPools, flags: Flags, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """A base without a chat template, data and validation data of its own, and turns that it does not stop at."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_dir, base)
+    (base / "chat_template.jinja").unlink()
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "val.csv").write_text("question,answer\nwhat?,red\n")
+    run = flags | on(1, tmp_path / "run") | {
+        "model": base, "chat_template": template, "val_dataset": tmp_path / "val.csv", "epochs": 1, "show_samples": 1,
+    }  # fmt: skip
+    del run["max_steps"]
+    assert ranks.run(1, "cpu", run_here, run) == [0]
+    report = load_report(tmp_path / "run" / "report.json")
+    data: Any = report["sections"]["data"]
+    assert (data["train_samples"], data["val_samples"]) == (27, 1)
+    assert len(report["losses"]) == 4  # 7 global batches, 2 of them a step
+    assert data["samples"][0]["runs"][0][0].startswith("user: say 0 ")
+
+    merged = merge_adapter(base, tmp_path / "run" / "adapters" / "step=4", tmp_path / "merged").directory
+    assert AutoTokenizer.from_pretrained(merged).chat_template == template.read_text()
+    for directory in (merged, tmp_path / "run" / "adapter"):
+        assert GenerationConfig.from_pretrained(directory).eos_token_id == [2, 0]
 
 
 @pytest.mark.slow
@@ -274,8 +304,12 @@ def test_bad_models_are_refused(refused: Callable[..., None], tiny_llama_dir: Pa
         ("missing.jsonl", None, "missing.jsonl: no such file"),
         ("empty.jsonl", "", "the data set is empty"),
         ("empty.json", "[]", "the data set is empty"),
-        ("broken.jsonl", '{"prompt": "p", "completion": "c"}\n{"prompt": \n', "line 2, column 12: not JSON"),
-        ("fields.json", '[{"prompt": "p", "completion": "c"}, {"text": "t"}]', r"row 2: found the fields \['text'\]"),
+        ("broken.jsonl", '{"prompt": "p", "completion": "c"}\n{"prompt": \n', "line 2: not JSON at column 12"),
+        (
+            "fields.json",
+            '[{"prompt": "p", "completion": "c"}, {"text": "t"}]',
+            r"1 of 2 rows .*\n  row 2: found the fields \['text'\]",
+        ),
     ],
 )
 def test_bad_data_are_refused(
