@@ -2,8 +2,8 @@
 
 A *region* is a module that is compiled in place, as one graph or not at all (``fullgraph=True``). What surrounds the
 regions, FSDP2's hooks and Lightning's own code included, stays Python; and regions of one kind (decoder layers that
-differ in their weights only) share a graph, so that a deep model compiles no longer than a shallow one. The order is: activation checkpointing
-inside the region's ``forward``, then :func:`compile_region`, then ``fully_shard``.
+differ in their weights only) share a graph, so that a deep model compiles no longer than a shallow one. The order is:
+activation checkpointing inside the region's ``forward``, then :func:`compile_region`, then ``fully_shard``.
 
 Shapes: B samples, S tokens a sample.
 """
@@ -81,13 +81,13 @@ def _class_of_kind(cls: type[nn.Module], kind: Hashable) -> type[nn.Module]:
     """``cls`` whose ``forward`` has a code object of its own, by which torch.compile stores and counts graphs."""
     if kind is None:
         return cls
-    own = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    forward: Any = own.forward  # transformers wraps it anew in some versions
-    own.forward = types.FunctionType(  # type: ignore[method-assign]
+    own: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    forward = own.forward  # transformers wraps it anew in some versions
+    own.forward = types.FunctionType(
         forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )
     own.forward.__kwdefaults__ = forward.__kwdefaults__
-    return own
+    return own  # type: ignore[no-any-return]
 
 
 @torch.compiler.disable
