@@ -116,6 +116,7 @@ def main(
     )
     data.load()
     optimization = optimization.in_steps(data.steps_per_epoch(strategy.world_size, batch.accumulate))
+    micro_batches = data.batches_in(optimization.max_steps, strategy.world_size, batch.accumulate)
     module = QLoRACausalLM(
         directory,
         lora.config(),
@@ -140,7 +141,7 @@ def main(
         max_steps=optimization.max_steps,
         accumulate_grad_batches=batch.accumulate,
         gradient_clip_val=optimization.clip_norm,
-        val_check_interval=max(1, optimization.max_steps * batch.accumulate // 2),
+        val_check_interval=max(1, micro_batches // 2),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         inference_mode=False,

@@ -298,6 +298,21 @@ class ChatDataModule(L.LightningDataModule):
         train_set, _ = self._loaded()
         return math.ceil(math.ceil(len(train_set) / (self.batch_size * devices)) / accumulate)
 
+    def batches_in(self, steps: int, devices: int, accumulate: int = 1) -> int:
+        """Micro-batches per rank of ``steps`` optimizer steps.
+
+        The last step of an epoch has what is left, which may be all of an epoch. That is said.
+        """
+        train_set, _ = self._loaded()
+        per_epoch = math.ceil(len(train_set) / (self.batch_size * devices))
+        if accumulate > per_epoch:
+            rank_zero_info(
+                f"The data are {per_epoch} micro-batches per device, fewer than --accumulate={accumulate}: every step "
+                f"has {per_epoch}, all of the data."
+            )
+        epochs, rest = divmod(steps, self.steps_per_epoch(devices, accumulate))
+        return epochs * per_epoch + rest * accumulate
+
     def report_section(self) -> dict[str, Any] | None:
         """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
 

@@ -70,7 +70,7 @@ def compile_region(
             f"torch.compile would leave {type(module).__name__} as it is, because its forward is torch's own. Compile "
             "a module around it."
         )
-    module.__class__ = _class_of_kind(type(module), kind)
+    module.__class__ = _class_of_kind(type(module), kind)  # type: ignore[arg-type]  # classes are hashable
     module.compile(fullgraph=True, backend=backend, mode=_INDUCTOR_MODES[mode])
     learns = any(parameter.requires_grad for parameter in module.parameters())
     module.register_forward_pre_hook(functools.partial(_prepare, learns=learns), with_kwargs=True)

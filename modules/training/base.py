@@ -47,6 +47,23 @@ LOSS_DIVISOR = 1024.0
 #: Key of this module's own entry in a training checkpoint.
 CHECKPOINT_KEY = "lightning_qlora"
 
+
+class _Schedule(LambdaLR):
+    """Of this module; a class of its own tells it from a subclass's."""
+
+
+class _MeanOfSum(torch.autograd.Function):
+    """The mean of ``tokens`` losses from their sum; its gradient is that of the sum divided by ``LOSS_DIVISOR``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss_sum: Tensor, tokens: int) -> Tensor:
+        return loss_sum / max(tokens, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / LOSS_DIVISOR, None
+
+
 _UNHARMED = (
     "The weights are still those of the step before. Look at that data, or resume from the last checkpoint with a "
     "lower learning rate."
@@ -59,8 +76,10 @@ class QLoRAModule(L.LightningModule):
     A subclass says what its model computes for a batch: :meth:`loss_sum`.
 
     The loss of a step is the mean over *all* its tokens that count: those of every micro-batch and rank, however
-    unequal. Micro-batches back-propagate sums with a constant divisor, and the step rescales the gradients once by the
-    count.
+    unequal. ``training_step`` returns the mean of its micro-batch, but hands the gradient of the *sum* over a constant
+    back; the step rescales the gradients once by the count of all. A term that is to be added to the loss belongs into
+    :meth:`loss_sum`, summed over tokens as well. A subclass with a ``training_step`` of its own gets the gradients of
+    what that returns, as in any LightningModule, and logs for itself.
 
     Logged: ``train_loss`` (mean over the step's tokens), ``lr``, ``grad_norm`` (before clipping), ``val_loss``.
 
@@ -220,8 +239,28 @@ class QLoRAModule(L.LightningModule):
     # --- training ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Forget micro-batches of a step that an earlier ``fit`` did not finish: their gradients are gone too."""
+        """Forget micro-batches of a step that an earlier ``fit`` did not finish: their gradients are gone too.
+
+        And take the learning rate of the step to come from the schedule, not from the checkpoint: that may be of a run
+        with fewer steps, whose schedule has ended at 0.
+        """
         self._pending.clear()
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if not isinstance(schedule, _Schedule):
+                continue
+            rates = [
+                rate * at(schedule.last_epoch) for rate, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            before = [group["lr"] for group in schedule.optimizer.param_groups]
+            if rates == before:
+                continue
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            rank_zero_info(
+                f"The learning rate schedule spans {self.trainer.estimated_stepping_batches} steps now. The rate of "
+                f"step {self.trainer.global_step + 1} is {rates[0]:.3g}; in the checkpoint it was {before[0]:.3g}."
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, micro-batch, rank), so that a resumed run repeats the first one's."""
@@ -230,10 +269,11 @@ class QLoRAModule(L.LightningModule):
             torch.manual_seed(((self.seed * 1_000_003 + micro_batch) * 4_099 + self.global_rank) % 2**63)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The micro-batch's loss sum over a constant; :meth:`on_before_optimizer_step` makes it the mean's."""
+        """The micro-batch's mean loss; its gradient is that of the sum until :meth:`on_before_optimizer_step`."""
         loss, tokens = self.loss_sum(batch)
         self._pending.append((loss.detach(), tokens))
-        return loss / LOSS_DIVISOR
+        mean: Tensor = _MeanOfSum.apply(loss, tokens)  # type: ignore[no-untyped-call]
+        return mean
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Rescale the accumulated gradients to those of the mean over all tokens of the step, and log that mean.
@@ -241,6 +281,9 @@ class QLoRAModule(L.LightningModule):
         Raises:
             FloatingPointError: On all ranks, if the loss is not finite and no loss scaler skips the step.
         """
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        if not self._pending:  # a subclass's training_step
+            return
         local = [loss for loss, _ in self._pending]
         loss_sum, tokens = self._reduce(self._pending)
         if not math.isfinite(loss_sum):
@@ -249,7 +292,6 @@ class QLoRAModule(L.LightningModule):
         scale = LOSS_DIVISOR * self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1)
         scale_(gradients(optimizer), scale)
         self.log("train_loss", loss_sum / max(tokens, 1), prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
 
     def configure_gradient_clipping(
         self,
@@ -323,7 +365,7 @@ class QLoRAModule(L.LightningModule):
         assert not missing, f"requires_grad is wrong for {missing[:3]}"
         optimizer = ShardAdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
-        schedule = LambdaLR(optimizer, lambda step: self._schedule(step, steps))
+        schedule = _Schedule(optimizer, lambda step: self._schedule(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _schedule(self, step: int, steps: float) -> float:

@@ -163,6 +163,51 @@ def test_accumulated_micro_batches_are_one_big_batch(strategy, trainer, tiny_lla
             torch.testing.assert_close(record.gradients[name], gradient * factor, rtol=1e-5, atol=1e-6)
 
 
+def test_callbacks_see_the_mean_loss_of_each_micro_batch(trainer, tiny_llama_dir, adapter):
+    """As ``Tuner.lr_find`` and others read it; Lightning divides it by the accumulation."""
+    seen: list[float] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            seen.append(float(outputs["loss"]))
+
+    module = QLoRACausalLM(tiny_llama_dir, default_lora(4), init_adapter=adapter)
+    trainer(accumulate_grad_batches=2, callbacks=[Look()]).fit(module, loader(*UNEQUAL))
+    expected = [dense_mean_loss(tiny_llama_dir, adapter, each)[0] / 2 for each in UNEQUAL]
+    assert seen == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_training_step_of_ones_own_gets_its_own_gradients(trainer, tiny_llama_dir, adapter):
+    class Own(QLoRACausalLM):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            loss, tokens = self.loss_sum(batch)
+            self.log("train_loss", 3 * loss.detach() / tokens)
+            return 3 * loss / tokens
+
+    record = Record()
+    module = Own(tiny_llama_dir, default_lora(4), init_adapter=adapter)
+    trainer(callbacks=[record]).fit(module, loader(UNEQUAL[1]))
+    loss, gradients = dense_mean_loss(tiny_llama_dir, adapter, UNEQUAL[1])
+    assert record.losses == [pytest.approx(3 * loss, rel=1e-6)]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(record.gradients[name], 3 * gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_run_that_goes_on_follows_the_longer_schedule(trainer, tmp_path, tiny_llama_dir):
+    def train(steps: int, *, done: int = 0) -> list[float]:
+        record = Record()
+        record.losses += [0.0] * done  # it waits for the step after those
+        module = QLoRACausalLM(tiny_llama_dir, default_lora(4), learning_rate=1e-3, schedule="linear")
+        fit = trainer(max_steps=steps, callbacks=[record])
+        resumed = {"ckpt_path": tmp_path / f"{done}.ckpt", "weights_only": False} if done else {}
+        fit.fit(module, loader(*[UNEQUAL[0]] * 4), **resumed)
+        fit.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return record.rates
+
+    assert train(2) == pytest.approx([1e-3, 5e-4])
+    assert train(4, done=2) == pytest.approx([5e-4, 2.5e-4])
+
+
 def test_micro_batches_of_a_step_that_was_interrupted_count_in_no_other(trainer, tiny_llama_dir, adapter):
     class Stop(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
