@@ -18,7 +18,7 @@ from ..losses.functional import cross_entropy
 from ..models.causal_lm import QLoRAForCausalLM
 from ..models.options import ComputeOptions
 from .base import QLoRAModule
-from .generation import greedy_answer
+from .generation import generate_answer
 
 #: What a batch holds beside the model's inputs: counts, as python ints, so that reading them waits for no device.
 _COUNTS = ("num_tokens", "num_loss_tokens")
@@ -110,6 +110,9 @@ class QLoRACausalLM(QLoRAModule):
         self.eval()
         with self.trainer.precision_plugin.forward_context():
             chat_format = self.chat_format or ChatFormat.of(self.model_dir)
-            text = greedy_answer(self._model, chat_format, prompt, self.device, max_new_tokens)
+            text = generate_answer(
+                self._model, chat_format, [{"role": "user", "content": prompt}], device=self.device,
+                max_new_tokens=max_new_tokens,
+            )  # fmt: skip
         self.train(training)
         return text
