@@ -14,7 +14,7 @@ FLOORS = (
     {"distributed", "lora", "checkpoints"},
     {"attention", "quantization"},
     {"losses"},
-    {"hardware", "dtensor", "autograd_in_operators"},
+    {"hardware", "dtensor", "autograd_in_operators", "accounting"},
     {"lazy", "options"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

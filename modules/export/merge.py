@@ -153,6 +153,7 @@ def merge_adapter(
         state.pop("lm_head.weight", None)
     for name, tensor in state.items():
         weights.check_shape(name, tuple(tensor.shape))
+    weights.checkpoint.check_filled(state, tied_head=config.tie_word_embeddings)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(t.numel() * t.element_size() for t in state.values())

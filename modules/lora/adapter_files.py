@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..accounting import check_accounted
 from ..dtensor import copy_local_rows
 from .config import check_plain_lora
 
@@ -65,12 +66,10 @@ def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> N
     """
     state = read_adapter(directory, lora)
     parameters = {_peft_key(name): p for name, p in model.named_parameters() if p.requires_grad}
-    differing = sorted(parameters.keys() ^ state.keys())
-    if differing:
-        raise ValueError(
-            f"Adapter {directory} does not adapt the same layers as the model: {differing[0]!r} is on one side only. "
-            "Use its own target_modules."
-        )
+    check_accounted(
+        f"Adapter {directory}", wanted=parameters, held=state,
+        remedy="It does not adapt the same layers as this run: use its own target_modules.",
+    )  # fmt: skip
     for key, parameter in parameters.items():
         if tuple(state[key].shape) != tuple(parameter.shape):
             raise ValueError(

@@ -150,8 +150,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: change_config(d, lora_alpha=16), "has lora_alpha=16, this run lora_alpha=8"),
         (lambda d: change_config(d, use_rslora=True), "has use_rslora=True"),
         (lambda d: change_config(d, alpha_pattern={"q_proj": 2}), r"has alpha_pattern=\{'q_proj': 2\}"),
-        (lambda d: rewrite(d, lambda t: t.pop(Q)), f"'{Q}' is on one side only. Use its own target_modules"),
-        (lambda d: rewrite(d, lambda t: t.update(more=t[Q].clone())), "'more' is on one side only"),
+        (lambda d: rewrite(d, lambda t: t.pop(Q)), f"lacks '{Q}', which the model needs.*use its own target"),
+        (lambda d: rewrite(d, lambda t: t.update(more=t[Q].clone())), "holds 'more', which the model does not take"),
         (lambda d: rewrite(d, lambda t: t.update({Q: torch.zeros(4, 7)})), rf"'{Q}' has shape \(4, 7\), not \(4, 64\)"),
     ],
 )
