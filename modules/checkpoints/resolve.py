@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from .config import read_config
 from .demo_model import DEMO_MODEL, demo_model_directory
-from .gguf import convert_gguf
+from .gguf import convert_gguf, parts_of
 from .safetensors_files import SafetensorsCheckpoint
 
 
@@ -19,7 +19,7 @@ class ModelOptions:
 
     Args:
         model: The demo model (smollm2-135m-instruct), a transformers directory (16-bit or bitsandbytes 4-bit
-            safetensors), a GGUF file, or a name on the Hugging Face hub.
+            safetensors), a GGUF file (of a split one, any part), or a name on the Hugging Face hub.
     """
 
     model: str = DEMO_MODEL
@@ -33,7 +33,7 @@ def resolve_model(model: str | Path) -> Path:
     """A local directory with ``config.json``, safetensors weights and a tokenizer for ``model``.
 
     A GGUF file (or a directory with one and no ``config.json``) is converted to 16-bit safetensors once and cached by
-    content. Safe to call from several processes at a time.
+    content; the parts of a split one are joined. Safe to call from several processes at a time.
 
     Args:
         model: :data:`DEMO_MODEL`, a transformers directory, a GGUF file, or a name on the Hugging Face hub.
@@ -45,13 +45,11 @@ def resolve_model(model: str | Path) -> Path:
     if str(model) == DEMO_MODEL and not path.exists():
         directory = demo_model_directory()
     elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"There is no GGUF file {path}.")
         directory = convert_gguf(path)
     elif path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not (path / "config.json").is_file():
-            if len(ggufs) > 1:
+            if ggufs != parts_of(ggufs[0]):
                 raise ValueError(f"{path} holds {len(ggufs)} GGUF files: name one of them, e.g. {ggufs[0]}.")
             directory = convert_gguf(ggufs[0])
         else:

@@ -149,7 +149,7 @@ def test_parity_is_of_the_size_of_rounding(tiny_llama_dir, adapter, tmp_path):
 )
 def test_both_checks_find_a_wrong_merge_and_keep_nothing(wrong, tiny_llama_dir, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge._Update, "merged", wrong)
-    with pytest.raises(ValueError, match="The merged '.*' differs"):
+    with pytest.raises(ValueError, match=r"The merged '.*' differs"):
         merge_adapter(tiny_llama_dir, adapter, tmp_path / "out" / "merged", check_ids=IDS)
     monkeypatch.setattr(merge, "_check_layer", lambda *_: None)  # as if the fault were in a layer between
     with pytest.raises(ValueError, match="The merged model's logits differ"):
