@@ -62,6 +62,11 @@ def main(
     """Train, report and save; returns the exit status. The flags are the fields of these classes."""
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
+    files, checkpoint = RunDirectory(run.output_dir), None
+    if rank_zero_only.rank == 0 and not run.dry_run:
+        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
+    elif run.resume:
+        checkpoint = files.latest_checkpoint()
     device = capabilities()
     directory = model.directory()
     config = load_config(directory)
@@ -92,11 +97,6 @@ def main(
         print(plan.table(), too_much or "", sep="\n", flush=True)
     if run.dry_run:
         return int(too_much is not None)
-    files = RunDirectory(run.output_dir)
-    if rank_zero_only.rank == 0:
-        checkpoint = files.start(run.resume, flags)
-    else:
-        checkpoint = files.latest_checkpoint() if run.resume else None
 
     data = ChatDataModule(
         load_tokenizer(directory),
