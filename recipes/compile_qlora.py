@@ -116,7 +116,7 @@ def main(
     warm: bool = False,
     output_dir: Path = Path("runs/compile_qlora"),
     run: str | None = None,
-    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(lora_r=64),
     strategy: Annotated[StrategyOptions, Only("devices", "precision")] = StrategyOptions(),
     compute: Annotated[ComputeOptions, Only("attention", "sliding_window")] = ComputeOptions(),
 ) -> int:

@@ -53,7 +53,7 @@ def main(
     model: ModelOptions = ModelOptions(),
     batch: BatchOptions = BatchOptions(),
     optimization: OptimizationOptions = OptimizationOptions(),
-    lora: LoraOptions = LoraOptions(lora_alpha=128),
+    lora: LoraOptions = LoraOptions(),
     strategy: StrategyOptions = StrategyOptions(devices=2),
     compute: ComputeOptions = ComputeOptions(),
     checkpoints: CheckpointOptions = CheckpointOptions(),

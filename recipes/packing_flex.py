@@ -117,7 +117,7 @@ def main(
     backend: str = "inductor",
     output_dir: Path = Path("runs/packing_flex"),
     run: str | None = None,
-    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(lora_r=64),
     strategy: Annotated[StrategyOptions, Only("precision")] = StrategyOptions("single"),
     compute: Annotated[ComputeOptions, Only("compile")] = ComputeOptions(),
 ) -> int:

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from .config import read_config
 from .demo_model import DEMO_MODEL, demo_model_directory
 from .gguf import convert_gguf, parts_of
-from .safetensors_files import SafetensorsCheckpoint
+from .safetensors_files import SafetensorsCheckpoint, how_to_convert
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,18 @@ def _download(name: str) -> Path:
         raise ValueError(f"There is no model directory or GGUF file {name!r}.")
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        directory = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types: offline, unknown, gated, malformed name
         raise ValueError(
             f"Model {name!r} is neither a local directory or GGUF file nor could it be fetched from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network, and your "
             "access if it is gated."
         ) from error
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{name} on the hub has no config.json: it is no transformers model. If it holds GGUF files, download one "
+            f"(hf download {name} FILE.gguf --local-dir .) and pass --model FILE.gguf."
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(f"{name} on the hub holds no safetensors. {how_to_convert(name)}")
+    return directory

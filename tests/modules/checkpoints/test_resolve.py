@@ -1,6 +1,7 @@
 """From a model's name to a directory: local ones as they are, GGUF files converted once, the demo cached."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,31 @@ def test_an_unknown_name_is_refused_soon_without_a_network(name):
     with pytest.raises(ValueError, match=f"Model '{name}' is neither a local directory .*Check the name, the network"):
         resolve_model(name)
     assert time.monotonic() - begin < 5
+
+
+def test_a_repository_without_safetensors_gets_advice_that_works(tiny_llama_dir, tmp_path, monkeypatch):
+    repository = shutil.copytree(tiny_llama_dir, tmp_path / "repository")
+    tensors = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    monkeypatch.setattr(resolve, "snapshot_download", lambda name, **_: repository)
+    with pytest.raises(
+        ValueError, match=r"^some/model on the hub holds no safetensors\. .* name, new = 'some/model', 'con"
+    ):
+        resolve_model("some/model")
+    torch.save(tensors, repository / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="are converted once by transformers") as error:
+        resolve_model(repository)
+    code, then = re.search(r'python -c "(.*)"\. Then pass --model (\w+)\.', str(error.value)).groups()
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    found = load_file(resolve_model(then) / "model.safetensors")
+    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+    assert load_tokenizer(then).get_vocab() == load_tokenizer(tiny_llama_dir).get_vocab()
+    (repository / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"some/model on the hub has no config\.json.*hf download some/model FILE\.gguf"
+    ):
+        resolve_model("some/model")
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path, cache):
