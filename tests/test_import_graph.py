@@ -15,7 +15,7 @@ FLOORS = (
     {"attention", "quantization"},
     {"losses"},
     {"hardware", "dtensor", "autograd_in_operators", "accounting"},
-    {"lazy", "options"},
+    {"lazy", "options", "environment"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # They import no other room, and none imports them.
