@@ -152,6 +152,7 @@ def main(
         ],
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
+    files.release()
     return stop.exit_code
 
 

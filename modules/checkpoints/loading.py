@@ -61,8 +61,7 @@ def check_weights(
     for name, target in targets.items():
         if name not in checkpoint:
             continue  # named below, with all others
-        is_4bit = isinstance(target, NF4Linear)
-        expected = (target.out_features, target.in_features) if is_4bit else tuple(target.shape)
+        expected = (target.out_features, target.in_features) if isinstance(target, NF4Linear) else tuple(target.shape)
         state = checkpoint.quant_state(name)
         _check(checkpoint, name, "shape", checkpoint.shape(name) if state is None else tuple(state["shape"]), expected)
         if state is None or not isinstance(target, NF4Linear):
