@@ -118,6 +118,15 @@ def test_a_16_bit_adapter_becomes_float32(saved, tiny_llama_dir):
     assert all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in adapter_state(model).values())
 
 
+def test_an_adapter_of_a_compiled_model_loads(saved, tiny_llama_dir):
+    model, directory = saved
+    names = {name: name.replace("base_model.model.", "base_model.model._orig_mod.") for name in adapter_state(model)}
+    rewrite(directory, lambda tensors: [tensors.update({names[n]: tensors.pop(n)}) for n in list(tensors)])
+    other = load(tiny_llama_dir, default_lora(4))
+    load_adapter(other, directory, default_lora(4))
+    torch.testing.assert_close(adapter_state(other), adapter_state(model), rtol=0, atol=0)
+
+
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(directory / WEIGHTS_NAME)
     change(tensors)
