@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import os
 import platform
 import re
@@ -61,6 +62,7 @@ class Environment:
         torch_gpus: How many GPUs torch sees.
         torch_architectures: What torch has kernels for, e.g. ``("sm_75", "sm_80")``; empty on the CPU.
         torch_error: Why torch cannot be imported.
+        torchvision_error: Why torchvision cannot, if it is installed: a build for another torch.
         driver: Version of NVIDIA's driver.
         driver_cuda: The newest CUDA that the driver supports.
         gpus: All GPUs of the machine, whatever torch sees of them.
@@ -74,6 +76,7 @@ class Environment:
     torch_gpus: int = 0
     torch_architectures: tuple[str, ...] = ()
     torch_error: str | None = None
+    torchvision_error: str | None = None
     driver: str | None = None
     driver_cuda: tuple[int, int] | None = None
     gpus: tuple[GPU, ...] = ()
@@ -119,6 +122,12 @@ class Environment:
                 have = self.packages.get(package)
                 if have is not None and have.partition("+")[0] != version.partition("+")[0]:
                     found.append(_misfit(name, self.packages[name], package, have, version))
+        if self.torchvision_error is not None and not any(problem.startswith("torchvision") for problem in found):
+            found.append(
+                f"torchvision {self.packages.get('torchvision')} cannot be imported, so imports of transformers fail: "
+                f"{self.torchvision_error}. It is built for another torch. Remedy: pip uninstall -y torchvision, which "
+                f"is not needed here, or install the build for torch {torch}."
+            )
         if self.torch_error is not None:
             found.append(f"torch cannot be imported: {self.torch_error}. {self._install()}")
         elif torch is not None and (problem := self.no_gpu_seen()):
@@ -215,7 +224,8 @@ def environment() -> Environment:
     driver, gpus = gpus_of_driver()
     cuda, seen, architectures, error = _torch() if "torch" in packages else (None, 0, (), None)
     return Environment(
-        sys.version_info[:3], packages, requirements, cuda, seen, architectures, error, driver, _driver_cuda(), gpus,
+        sys.version_info[:3], packages, requirements, cuda, seen, architectures, error,
+        _torchvision_error() if "torchvision" in packages and error is None else None, driver, _driver_cuda(), gpus,
         os.environ.get("CUDA_VISIBLE_DEVICES"),
     )  # fmt: skip
 
@@ -228,6 +238,15 @@ def _torch() -> tuple[str | None, int, tuple[str, ...], str | None]:
         return None, 0, (), f"{type(error).__name__}: {error}"
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.version.cuda, seen, tuple(torch.cuda.get_arch_list()) if seen else (), None
+
+
+def _torchvision_error() -> str | None:
+    """Why torchvision, which transformers imports where it is installed, cannot be imported."""
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # it registers operators, which fails in its own ways
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def gpus_of_driver() -> tuple[str | None, tuple[GPU, ...]]:

@@ -74,6 +74,9 @@ CPU_BUILD = replace(REPLACED, packages={"torch": "2.13.0+cpu"}, requirements={},
                  requirements={"torchvision": ("torch (==2.13.0)",)}),
          "torchvision 0.28.0 needs torch 2.13.0, but 2.11.0+cu128 is installed, so imports of transformers may fail. "
          "Remedy: pip uninstall -y torchvision, which is not needed here, or install the one for torch 2.11.0+cu128."),
+        (replace(KAGGLE, torchvision_error="RuntimeError: operator torchvision::nms does not exist"),
+         "torchvision 0.26.0+cu128 cannot be imported, so imports of transformers fail: RuntimeError: operator "
+         "torchvision::nms does not exist. It is built for another torch. Remedy: pip uninstall -y torchvision, "),
         (replace(KAGGLE, packages={**KAGGLE.packages, "triton": "3.9.0"}),
          "torch 2.11.0+cu128 needs triton 3.6.0, but 3.9.0 is installed, so imports of transformers may fail. Remedy: "
          "pip install triton==3.6.0."),
@@ -90,6 +93,13 @@ CPU_BUILD = replace(REPLACED, packages={"torch": "2.13.0+cpu"}, requirements={},
 def test_each_misfit_is_named_with_its_remedy(here, problem):
     (found,) = here.problems()
     assert problem in found
+
+
+def test_a_torchvision_that_fails_is_found_by_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment_module._torchvision_error() == "RuntimeError: operator nms does not exist"
 
 
 def test_a_replaced_torch_has_all_its_problems_named():

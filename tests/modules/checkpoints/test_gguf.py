@@ -48,7 +48,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         SCALING["linear"],
     ),
     "llama, yarn": ("llama", {"rope_parameters": YARN}, SCALING["yarn"]),
-    "llama, longrope": ("llama", {"rope_parameters": LONGROPE}, SCALING["longrope"]),
+    "llama, longrope": (
+        "llama", {"rope_parameters": LONGROPE}, SCALING["longrope"] | {"rope.scaling.type": "longrope"},
+    ),
     "mistral": ("mistral", {"sliding_window": 6}, {"attention.sliding_window": 6}),
     "qwen2": ("qwen2", {"rope_parameters": YARN}, SCALING["yarn"]),
     "qwen3": ("qwen3", {"head_dim": 24}, {}),
