@@ -226,11 +226,9 @@ class SafetensorsCheckpoint:
         head, embedding = self._find(_HEAD), self._find(_EMBEDDING)
         same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
         step = max(1, head.nbytes // 16)
-        for start in range(0, head.nbytes, step) if same else ():  # 16 samples: trained apart, they differ everywhere
-            part = slice(start, start + 4096)
-            same = same and torch.equal(
-                self.bytes(_HEAD, part.start, part.stop), self.bytes(_EMBEDDING, part.start, part.stop)
-            )
+        # 16 samples are enough, because heads that were trained apart differ everywhere.
+        samples = [(start, start + 4096) for start in range(0, head.nbytes, step)]
+        same = same and all(torch.equal(self.bytes(_HEAD, *s), self.bytes(_EMBEDDING, *s)) for s in samples)
         if not same:
             raise ValueError(
                 f"{self.directory} holds {_HEAD!r}, which is not {_EMBEDDING!r} although config.json ties them. Set "
