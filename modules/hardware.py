@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .environment import environment, gpus_of_driver
+
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
 
 #: What ``--precision`` takes: a precision, or ``"auto"`` for :func:`default_precision`.
@@ -95,6 +97,18 @@ def compute_dtype(precision: str) -> torch.dtype:
     return {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}[precision.split("-")[0]]
 
 
+def check_gpus_are_seen() -> None:
+    """Check that torch sees the GPUs of this machine, if it has any and ``CUDA_VISIBLE_DEVICES`` does not hide them.
+
+    Raises:
+        ValueError: If it sees none, with the cause and the remedy: training would take the CPU.
+    """
+    if torch.cuda.is_available() or not gpus_of_driver()[1]:
+        return
+    if problem := environment().no_gpu_seen():
+        raise ValueError(problem)
+
+
 #: Of these, what starts the processes of several machines sets one: torchrun, Lightning itself, SLURM, LSF, MPI.
 _LAUNCHERS = ("GROUP_RANK", "NODE_RANK", "SLURM_PROCID", "LSB_JOBID", "OMPI_COMM_WORLD_RANK")
 
@@ -105,9 +119,10 @@ def check_devices(devices: int, num_nodes: int = 1) -> int:
     On CPU any positive number of processes may share the machine; with CUDA each needs a GPU.
 
     Raises:
-        ValueError: For fewer than one device, more than there are GPUs, or several machines without a launcher, where
-            each would wait for the others for ever.
+        ValueError: For fewer than one device, more than there are GPUs, GPUs that torch does not see, or several
+            machines without a launcher, where each would wait for the others for ever.
     """
+    check_gpus_are_seen()
     if num_nodes > 1 and not any(name in os.environ for name in _LAUNCHERS):
         raise ValueError(
             f"num_nodes={num_nodes} but nothing says which of these machines this is. Start the same command on each "

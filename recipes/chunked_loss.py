@@ -42,7 +42,7 @@ from lightning_qlora.modules.losses import functional as losses
 from lightning_qlora.modules.losses import linear_cross_entropy, linear_loss
 from lightning_qlora.modules.models.causal_lm import specialize
 from lightning_qlora.modules.models.families import FAMILIES
-from lightning_qlora.modules.training.run_directory import writable_directory
+from lightning_qlora.modules.training.run_directory import claim_directory
 
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-3, "16-mixed": 1e-3}
 SIZES = {"cuda": (128256, 2048, torch.float16), "cpu": (49152, 576, torch.float32)}  # vocabulary, hidden, dtype
@@ -160,7 +160,7 @@ def main(
     device = capabilities().device_type
     if max_steps < 0 or batch_size < 1 or seq_len < 2 or most_tokens < 8:
         raise ValueError("--max_steps must be at least 0, --batch_size 1, --seq_len 2 and --most_tokens 8.")
-    writable_directory(output_dir)
+    _claim = claim_directory(output_dir)  # while this runs, no other may use it
     directory = resolve_model(model or DEMO_MODEL) if max_steps and (model or device == "cpu") else None
     torch.manual_seed(0)
     found = differences(device)

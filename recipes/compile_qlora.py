@@ -45,7 +45,7 @@ from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from lightning_qlora.modules.training.run_directory import writable_directory
+from lightning_qlora.modules.training.run_directory import claim_directory
 
 
 def batches(text: Tensor, numbers: range, b: int, s: int) -> DataLoader[Any]:
@@ -116,7 +116,7 @@ def main(
     warm: bool = False,
     output_dir: Path = Path("runs/compile_qlora"),
     run: str | None = None,
-    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(lora_r=64),
     strategy: Annotated[StrategyOptions, Only("devices", "precision")] = StrategyOptions(),
     compute: Annotated[ComputeOptions, Only("attention", "sliding_window")] = ComputeOptions(),
 ) -> int:
@@ -141,7 +141,7 @@ def main(
     positive(max_steps=max_steps, batch_size=batch_size)
     if seq_len < 10:
         raise ValueError(f"--seq_len must be at least 10: the shortest samples have a fifth of it. Got {seq_len}.")
-    writable_directory(output_dir)
+    _claim = None if run else claim_directory(output_dir)  # while this runs, no other may use it
     strategy = strategy.check()
     choose_attention(  # refuses what it cannot do, before anything long
         compute.attention,

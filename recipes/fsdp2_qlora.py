@@ -55,7 +55,7 @@ def main(
     data_options: DataOptions = DataOptions(),
     batch: BatchOptions = BatchOptions(),
     optimization: OptimizationOptions = OptimizationOptions(),
-    lora: LoraOptions = LoraOptions(lora_alpha=128),
+    lora: LoraOptions = LoraOptions(),
     strategy: StrategyOptions = StrategyOptions(devices=2),
     compute: ComputeOptions = ComputeOptions(),
     checkpoints: CheckpointOptions = CheckpointOptions(),
@@ -64,6 +64,11 @@ def main(
     """Train, report and save; returns the exit status. The flags are the fields of these classes."""
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
+    files, checkpoint = RunDirectory(run.output_dir), None
+    if rank_zero_only.rank == 0 and not run.dry_run:
+        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
+    elif run.resume:
+        checkpoint = files.latest_checkpoint()
     device = capabilities()
     directory = model.directory()
     config = load_config(directory)
@@ -97,11 +102,6 @@ def main(
         return int(too_much is not None)
     if rank_zero_only.rank == 0 and device.device_type == "cuda":
         print(plan.checkpointing, flush=True)
-    files = RunDirectory(run.output_dir)
-    if rank_zero_only.rank == 0:
-        checkpoint = files.start(run.resume, flags)
-    else:
-        checkpoint = files.latest_checkpoint() if run.resume else None
 
     chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = ChatDataModule(
@@ -161,6 +161,7 @@ def main(
         ],
     )
     trainer.fit(module, data, ckpt_path=checkpoint)
+    files.release()
     return stop.exit_code
 
 

@@ -29,7 +29,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():  # read where a ker
 import bitsandbytes.functional as bnb
 
 from lightning_qlora.kernels import nf4
-from lightning_qlora.modules.training.run_directory import writable_directory
+from lightning_qlora.modules.training.run_directory import claim_directory
 
 Dequantize = Callable[[Tensor, bnb.QuantState], Tensor]
 TORCH_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -186,7 +186,7 @@ def main(check: bool = False, iterations: int = 1000, output_dir: Path = Path("r
     if device == "cpu" and not check:
         raise ValueError("There is no CUDA GPU to time: run with --check, which interprets the kernel on the CPU.")
     if not check:
-        writable_directory(output_dir)
+        _claim = claim_directory(output_dir)  # while this runs, no other may use it
     torch.manual_seed(0)
     for shape in PUZZLE:
         print(compare(shape, device), flush=True)

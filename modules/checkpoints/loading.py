@@ -2,6 +2,7 @@
 
 A rank reads its own rows, a few megabytes at a time. Only a projection stored in 16 bits is read whole, because the
 nested statistics of its quantization span all rows; it is quantized on the layer's device and cut to the rank's rows.
+And a head stored in 4 bits, which is dequantized.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def _nothing(name: str) -> bool:
 def check_weights(
     model: nn.Module, checkpoint: SafetensorsCheckpoint, *, skip: Callable[[str], bool] = _nothing
 ) -> None:
-    """Check from headers alone that ``checkpoint`` fills ``model``, which may be on the meta device still.
+    """Check from headers alone that ``checkpoint`` is what fills ``model``, which may be on the meta device still.
+
+    Every tensor is accounted for: see :meth:`SafetensorsCheckpoint.check_filled`.
 
     Args:
         model: As for :func:`load_weights`.
@@ -52,24 +55,25 @@ def check_weights(
         skip: As for :func:`load_weights`.
 
     Raises:
-        ValueError: If a tensor is missing, or its shape or size is not what the model's implies.
+        ValueError: If a tensor is missing or left over, or its shape or size is not what the model's implies.
     """
-    for name, target in _targets(model, skip):
-        if not isinstance(target, NF4Linear):
-            _check(checkpoint, name, "shape", checkpoint.shape(name), tuple(target.shape))
-            continue
-        expected = (target.out_features, target.in_features)
+    targets = dict(_targets(model, skip))
+    for name, target in targets.items():
+        if name not in checkpoint:
+            continue  # named below, with all others
+        expected = (target.out_features, target.in_features) if isinstance(target, NF4Linear) else tuple(target.shape)
         state = checkpoint.quant_state(name)
-        if state is None:
-            _check(checkpoint, name, "shape", checkpoint.shape(name), expected)
+        _check(checkpoint, name, "shape", checkpoint.shape(name) if state is None else tuple(state["shape"]), expected)
+        if state is None or not isinstance(target, NF4Linear):
             continue
-        _check(checkpoint, name, "shape", tuple(state["shape"]), expected)
         sizes = {"": math.prod(expected) // 2, ".absmax": target.num_blocks * (1 if target.nested else 4)}
         if target.nested:
             sizes[".nested_absmax"] = target.get_buffer("absmax2").nbytes
             sizes[".nested_quant_map"] = target.get_buffer("code2").nbytes
         for part, size in sizes.items():
             _check(checkpoint, name + part, "size in bytes", checkpoint.nbytes(name + part), size)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    checkpoint.check_filled(targets, tied_head=tied)
 
 
 @torch.no_grad()
@@ -121,9 +125,12 @@ def _check(checkpoint: SafetensorsCheckpoint, name: str, what: str, found: Any, 
 
 
 def _copy(parameter: Tensor, checkpoint: SafetensorsCheckpoint, name: str) -> None:
-    """Read this rank's rows of a parameter, and convert them to its dtype."""
+    """Read this rank's rows of a parameter, and convert them to its dtype. A 4-bit head is dequantized."""
     start, stop = local_rows(parameter)
     local = local_tensor(parameter)
+    if checkpoint.quant_state(name) is not None:
+        local.copy_(checkpoint.dense(name)[start:stop])
+        return
     step = _chunk_rows(checkpoint.nbytes(name) // max(parameter.shape[0], 1))
     for row in range(start, stop, step):
         rows = checkpoint.rows(name, row, min(row + step, stop))

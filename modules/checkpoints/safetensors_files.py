@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -18,6 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ...kernels.nf4 import TABLES, Quantized4bit, dequantize_4bit
+from ..accounting import Unused, check_accounted, left_over
+from .config import ONLY_BITSANDBYTES
+
+WEIGHTS_NAME = "model.safetensors"
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -34,6 +40,30 @@ _DTYPES = {
     "F64": torch.float64,
 }
 
+#: What a weight may be stored as if it is not packed in 4 bits. Anything else is codes of some quantization.
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+#: Which quantization ends a tensor's name so.
+_SCHEMES = {
+    ".SCB": "bitsandbytes in 8 bits (LLM.int8)",
+    ".weight_format": "bitsandbytes in 8 bits (LLM.int8)",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or FP8",
+    ".weight_scale_inv": "FP8",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".scales": "GPTQ, AWQ or MLX",
+}
+
+_KNOWN_UNUSED = (
+    Unused(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", "computed from config.json"),
+    Unused(r"(.*\.)?self_attn\.(bias|masked_bias|causal_mask)", "the causal mask, which older versions saved"),
+)
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -46,10 +76,22 @@ class _Stored:
     shape: tuple[int, ...]
 
 
+def how_to_convert(source: str | Path) -> str:
+    """What to do about weights in another format than safetensors, ``source`` being their directory or hub name."""
+    return (
+        "Weights in another format (pytorch_model.bin) are converted once by transformers: "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"name, new = '{source}', 'converted'; M.from_pretrained(name, dtype='auto').save_pretrained(new); "
+        'T.from_pretrained(name).save_pretrained(new)". Then pass --model converted.'
+    )
+
+
 class SafetensorsCheckpoint:
     """Random access to the tensors of a directory's safetensors files.
 
-    Every shard is opened and its header checked at construction, before anything is allocated elsewhere.
+    Every shard is opened and its header checked at construction, before anything is allocated elsewhere. Names are
+    those of transformers' causal language models: ``_orig_mod.``, which a compiled model writes into them, is left out,
+    and ``model.`` added to those of a bare decoder.
 
     Args:
         directory: A directory with ``model.safetensors``, or shards and their ``model.safetensors.index.json``.
@@ -60,7 +102,8 @@ class SafetensorsCheckpoint:
 
     Raises:
         ValueError: If there are no safetensors files, a shard named by the index is missing, a file is truncated or
-            not a safetensors file, or the index names a tensor that its shard does not hold.
+            not a safetensors file, the index names a tensor that its shard does not hold, or weights are quantized
+            otherwise than in bitsandbytes' 4 bits.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -79,18 +122,23 @@ class SafetensorsCheckpoint:
             self.files = [self.directory / name for name in sorted(set(index.values()))]
         else:
             files = sorted(self.directory.glob("*.safetensors"))
-            self.files = [f for f in files if not f.name.startswith("adapter_")]
+            whole = [f for f in files if f.name == WEIGHTS_NAME]  # beside it, Mistral has the same in another form
+            self.files = whole or [f for f in files if not f.name.startswith("adapter_")]
         if not self.files:
-            raise ValueError(
-                f"{self.directory} holds no *.safetensors weights. Checkpoints in another format can be converted with "
-                "transformers: AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory)."
-            )
+            raise ValueError(f"{self.directory} holds no *.safetensors weights. {how_to_convert(self.directory)}")
         for file in self.files:
             held = self._read_header(file)
             for name in sorted(name for name, shard in (index or {}).items() if shard == file.name):
                 if name not in held:
                     raise ValueError(f"{file} does not hold {name!r}, as {INDEX_NAME} says. Download it again.")
             self._stored |= held
+        if index and WEIGHTS_NAME not in index.values() and (self.directory / WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{self.directory} holds two models: {WEIGHTS_NAME}, and the shards that {INDEX_NAME} names. "
+                "transformers would read the first. Remove one of them."
+            )
+        self._rename()
+        self._refuse_other_quantizations()
 
     def _read_index(self) -> dict[str, str] | None:
         path = self.directory / INDEX_NAME
@@ -118,6 +166,75 @@ class SafetensorsCheckpoint:
             stored[name] = _Stored(stream, 8 + length + start, stop - start, entry["dtype"], tuple(entry["shape"]))
         return stored
 
+    def _rename(self) -> None:
+        """Name tensors as transformers' causal language models do."""
+        plain = {name: name.replace("_orig_mod.", "") for name in self._stored}
+        if not any(name.startswith("model.") for name in plain.values()):
+            decoder = ("embed_tokens.", "layers.", "norm.")
+            plain = {name: f"model.{new}" if new.startswith(decoder) else new for name, new in plain.items()}
+        if len(set(plain.values())) < len(plain):
+            raise ValueError(
+                f"{self.directory} holds tensors twice, with and without '_orig_mod.' in their names, which a compiled "
+                "model writes there. Save the model again, uncompiled (model._orig_mod)."
+            )
+        self._stored = {plain[name]: stored for name, stored in self._stored.items()}
+
+    def _refuse_other_quantizations(self) -> None:
+        for name, stored in self._stored.items():
+            scheme = next((scheme for suffix, scheme in _SCHEMES.items() if name.endswith(suffix)), None)
+            codes = name.endswith((".weight", ".bias")) and stored.dtype not in _FLOATS
+            if codes and self.quant_state(name) is None:
+                scheme = scheme or f"something that stores them as {stored.dtype}"
+            elif scheme is None:
+                continue
+            raise ValueError(f"{self.directory} holds weights quantized by {scheme} ({name!r}). {ONLY_BITSANDBYTES}")
+
+    def check_filled(self, wanted: Iterable[str], *, tied_head: bool = False) -> None:
+        """Check from headers that a model's tensors are all there and that none is left over.
+
+        What may be left over: rotary frequencies and causal masks, and the head's weight where it is the embedding's.
+        The parts of a 4-bit tensor belong to it.
+
+        Args:
+            wanted: Names of the model's parameters.
+            tied_head: Whether the model's head shares the embedding's weight.
+
+        Raises:
+            ValueError: Naming what is missing and what nobody takes; or if a head that should be the embedding is not.
+        """
+        wanted = set(wanted)
+        if tied_head and _HEAD in self and _HEAD not in wanted:
+            self._check_tied()
+            wanted.add(_HEAD)
+        held = set(self) - {part for name in wanted if name in self for part in self._parts(name)}
+        unused = left_over(wanted, held, _KNOWN_UNUSED)
+        remedy = "config.json and the weights are not of one model: take both from the same place."
+        if unused and all(name.endswith(".bias") for name in unused):
+            remedy = "Those are biases: set attention_bias or mlp_bias to true in config.json, if this family has it."
+        elif any("lora_" in name or ".base_layer." in name for name in unused):
+            remedy = "Those are of a peft model saved with its base: save it after merge_and_unload()."
+        check_accounted(self.directory, wanted=wanted, held=held, known=_KNOWN_UNUSED, remedy=remedy)
+
+    def _parts(self, name: str) -> list[str]:
+        """The other tensors of a 4-bit one: scales, tables and description; none of another."""
+        if (state := self.quant_state(name)) is None:
+            return []
+        parts = ["absmax", "quant_map", f"quant_state.bitsandbytes__{state['quant_type']}"]
+        return [f"{name}.{part}" for part in parts + ["nested_absmax", "nested_quant_map"] * state["nested"]]
+
+    def _check_tied(self) -> None:
+        head, embedding = self._find(_HEAD), self._find(_EMBEDDING)
+        same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+        step = max(1, head.nbytes // 16)
+        # 16 samples are enough, because heads that were trained apart differ everywhere.
+        samples = [(start, start + 4096) for start in range(0, head.nbytes, step)]
+        same = same and all(torch.equal(self.bytes(_HEAD, *s), self.bytes(_EMBEDDING, *s)) for s in samples)
+        if not same:
+            raise ValueError(
+                f"{self.directory} holds {_HEAD!r}, which is not {_EMBEDDING!r} although config.json ties them. Set "
+                "tie_word_embeddings to false in config.json if the head was trained on its own; else remove it."
+            )
+
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
@@ -131,6 +248,31 @@ class SafetensorsCheckpoint:
             ValueError: If the checkpoint has no tensor of that name, or stores it in a dtype that is not supported.
         """
         return self.bytes(name).view(self._dtype(name)).view(self.shape(name))
+
+    def dense(self, name: str) -> Tensor:
+        """The whole tensor as numbers: in the dtype that is stored, or float32 if that is 4-bit.
+
+        Raises:
+            ValueError: As :meth:`get`, and for codes of another quantization.
+        """
+        state = self.quant_state(name)
+        if state is None:
+            if self._find(name).dtype not in _FLOATS:
+                raise ValueError(f"{self.directory}: {name!r} is stored as {self._find(name).dtype}, not as numbers.")
+            return self.get(name)
+        nested = state["nested"]
+        quantized = Quantized4bit(
+            self.bytes(name),
+            self.get(f"{name}.absmax"),
+            self.get(f"{name}.nested_quant_map") if nested else None,
+            self.get(f"{name}.nested_absmax") if nested else None,
+            torch.tensor(state["nested_offset"]) if nested else None,
+            torch.Size(state["shape"]),
+            state["blocksize"],
+            state["nested_blocksize"],
+            quant_type=state["quant_type"],
+        )
+        return dequantize_4bit(quantized, dtype=torch.float32)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` of a tensor of one dimension or more, on CPU; reads nothing else.
@@ -193,8 +335,15 @@ class SafetensorsCheckpoint:
                     raise ValueError(f"{self.directory}: {key!r} is damaged ({error}). Download it again.") from error
                 if missing:
                     raise ValueError(f"{self.directory}: {key!r} lacks {sorted(missing)}. Quantize the model again.")
+                self._check_table(name, quant_type)
                 return {"nested_blocksize": 256, **state, "nested": nested}
         return None
+
+    def _check_table(self, name: str, quant_type: str) -> None:
+        """Refuse codes that stand for other values than those of NF4 or FP4."""
+        table = f"{name}.quant_map"
+        if table in self and not torch.allclose(self.get(table).float(), torch.tensor(TABLES[quant_type])):
+            raise ValueError(f"{self.directory}: {table!r} is not the table of {quant_type}. {ONLY_BITSANDBYTES}")
 
     def fingerprint(self) -> str:
         """16 hex digits that tell this model's weights from others', a finetune's of it among them.

@@ -6,14 +6,15 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..accounting import check_accounted
 from ..dtensor import copy_local_rows
-from .config import check_plain_lora
+from .config import read_adapter_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -65,12 +66,10 @@ def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> N
     """
     state = read_adapter(directory, lora)
     parameters = {_peft_key(name): p for name, p in model.named_parameters() if p.requires_grad}
-    differing = sorted(parameters.keys() ^ state.keys())
-    if differing:
-        raise ValueError(
-            f"Adapter {directory} does not adapt the same layers as the model: {differing[0]!r} is on one side only. "
-            "Use its own target_modules."
-        )
+    check_accounted(
+        f"Adapter {directory}", wanted=parameters, held=state,
+        remedy="It does not adapt the same layers as this run: use its own target_modules.",
+    )  # fmt: skip
     for key, parameter in parameters.items():
         if tuple(state[key].shape) != tuple(parameter.shape):
             raise ValueError(
@@ -87,17 +86,14 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
             alpha differ, in all layers or in some.
     """
     directory = Path(directory)
-    for name in ("adapter_config.json", WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory} holds no LoRA adapter of peft: {name} is missing.")
+    config = read_adapter_config(directory)
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{directory} holds no LoRA adapter of peft: {WEIGHTS_NAME} is missing.")
     try:
-        config = PeftConfig.from_pretrained(str(directory))
-        state: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        stored: dict[str, Tensor] = load_file(directory / WEIGHTS_NAME)
+    except SafetensorError as error:
         raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
-    check_plain_lora(
-        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter."
-    )
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in stored.items()}  # as a compiled model saves it
     for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, mine = getattr(config, option, None), getattr(lora, option)
         if theirs != mine:

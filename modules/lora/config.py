@@ -10,22 +10,67 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 
 
-def default_lora(r: int = 64, alpha: int | None = None, dropout: float = 0.0) -> LoraConfig:
-    """LoRA on all linear layers but the head, with ``alpha`` = 2 * ``r`` unless given."""
+def default_lora(
+    r: int = 64, alpha: int | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None
+) -> LoraConfig:
+    """LoRA on ``targets``, or all linear layers but the head, with ``alpha`` = 2 * ``r`` unless given."""
     return LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules="all-linear" if targets is None else list(targets),
         task_type="CAUSAL_LM",
     )
+
+
+def read_adapter_config(directory: str | Path) -> LoraConfig:
+    """The configuration of a plain LoRA adapter in peft's format.
+
+    Raises:
+        ValueError: If there is none, it is damaged, or it is not plain LoRA (see :func:`check_plain_lora`).
+    """
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no LoRA adapter of peft: {path.name} is missing.")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
+    return check_plain_lora(
+        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter."
+    )
+
+
+def adapter_lora(directory: str | Path, dropout: float = 0.0) -> LoraConfig:
+    """The configuration with which training goes on from a saved adapter: its rank, alpha, layers and rsLoRA.
+
+    Args:
+        directory: In peft's format.
+        dropout: Which an adapter does not keep: that of this run.
+
+    Raises:
+        ValueError: As :func:`read_adapter_config`.
+    """
+    lora = copy.copy(read_adapter_config(directory))
+    lora.inference_mode, lora.lora_dropout, lora.base_model_name_or_path = False, dropout, None
+    lora.init_lora_weights = True  # whatever it started from: its weights replace the initial ones
+    return lora
 
 
 def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:
     """``lora`` itself if it names layers; if its ``target_modules`` are ``"all-linear"`` or ``None``, a copy that names
     all ``projections``, as the saved adapter does.
+
+    Raises:
+        ValueError: If it names a layer that is none of ``projections``; peft would pass over it.
     """
     if lora.target_modules not in (None, "all-linear"):
+        names = [] if isinstance(lora.target_modules, str) else sorted(lora.target_modules or ())
+        if unknown := [name for name in names if name.rpartition(".")[2] not in projections]:
+            raise ValueError(
+                f"LoRA target_modules (--lora_targets) name {unknown[0]!r}, which is no projection of a decoder layer. "
+                f"Choose from {', '.join(projections)}."
+            )
         return lora
     lora = copy.copy(lora)
     lora.target_modules = list(projections)
@@ -42,26 +87,53 @@ class LoraOptions:
     """LoRA adapters.
 
     Args:
-        lora_r: Rank of the adapters, which are added to all linear layers of each decoder layer.
-        lora_alpha: Adapter updates are scaled by lora_alpha / lora_r. null means 2 * lora_r.
+        lora_r: Rank of the adapters. Default: that of init_adapter, or 64.
+        lora_alpha: Adapter updates are scaled by lora_alpha / lora_r. Default: that of init_adapter, or 2 * lora_r.
         lora_dropout: Probability of dropping an element of an adapter's input.
-        init_adapter: Directory of a peft adapter with the same rank and alpha, to continue from.
+        lora_targets: Linear layers to adapt, as in q_proj,v_proj. Default: those of init_adapter, or all of each
+            decoder layer.
+        init_adapter: Directory of a peft adapter to continue from. Rank, alpha, layers and rsLoRA are the adapter's.
 
     Raises:
-        ValueError: For a rank below 1, a non-positive alpha, or a dropout outside [0, 1).
+        ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), or values that are not those of
+            ``init_adapter``.
     """
 
-    lora_r: int = 64
+    lora_r: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
+    lora_targets: list[str] | str | None = None
     init_adapter: Path | None = None
 
     def __post_init__(self) -> None:
         check_lora(self.config())
 
     def config(self) -> LoraConfig:
-        """The adapters' configuration in peft's own form."""
-        return default_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
+        """The adapters' configuration in peft's own form.
+
+        Raises:
+            ValueError: If ``init_adapter`` is no plain LoRA adapter, or has other values than these.
+        """
+        targets = self.lora_targets
+        if isinstance(targets, str):
+            targets = [name.strip() for name in targets.split(",") if name.strip()]
+        if targets is not None and not targets:
+            raise ValueError("--lora_targets names no layer. Leave it out to adapt all of them.")
+        if self.init_adapter is None:
+            return default_lora(64 if self.lora_r is None else self.lora_r, self.lora_alpha, self.lora_dropout, targets)
+        lora = adapter_lora(self.init_adapter, self.lora_dropout)
+        theirs = lora.target_modules
+        for flag, mine, of_adapter in (
+            ("lora_r", self.lora_r, lora.r),
+            ("lora_alpha", self.lora_alpha, lora.lora_alpha),
+            ("lora_targets", targets and sorted(targets), theirs if isinstance(theirs, str) else sorted(theirs or ())),
+        ):
+            if mine is not None and mine != of_adapter:
+                raise ValueError(
+                    f"--{flag} is {mine}, but the adapter in {self.init_adapter} has {of_adapter}. Leave --{flag} out: "
+                    "training goes on with the adapter's."
+                )
+        return lora
 
 
 def check_lora(lora: LoraConfig) -> LoraConfig:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import re
+import socket
 import tempfile
 import warnings
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _STEP = re.compile(r"step=(\d+)(?:-v\d+)?\.ckpt$")
 
@@ -35,15 +41,93 @@ def writable_directory(path: Path) -> None:
         ) from error
 
 
+class Claim:
+    """A directory that is this process's alone while this object lives: see :func:`claim_directory`."""
+
+    def __init__(self, root: Path, lock: IO[str], made: bool) -> None:
+        self._release = weakref.finalize(self, _release, root, lock, made, os.getpid())
+
+    def release(self) -> None:
+        """Let others have the directory, before this object is gone."""
+        self._release()
+
+
+#: Claims of this process: the operating system would give it the same lock again.
+_CLAIMS: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()
+
+_LOCK = ".lock"
+
+
+def claim_directory(path: Path) -> Claim:
+    """Make ``path`` this process's own, so that no other run writes into it, until what is returned is gone.
+
+    The lock is the operating system's, on a file ``.lock`` that names the process: it ends with the process, however
+    that ends, so a file that was left behind is in nobody's way. The directory is made if absent, and removed with the
+    claim if nothing was written into it.
+
+    Raises:
+        ValueError: If another process has claimed it, or as :func:`writable_directory`.
+    """
+    writable_directory(path)
+    root = path.resolve()
+    if claim := _CLAIMS.get(root):
+        return claim
+    made = not root.exists()
+    while True:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = (root / _LOCK).open("a+")
+        except FileNotFoundError:
+            continue  # a run that ended has removed the directory in between
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "one that has just begun"
+            lock.close()
+            raise ValueError(
+                f"output_dir {path} is in use by another run ({owner}). Name another directory, or wait until that run "
+                "has ended."
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"output_dir {path} is on a file system without locks ({error}): make sure that no other run uses it.",
+                stacklevel=2,
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), (root / _LOCK).stat()):
+                break
+        lock.close()  # or the file
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    lock.flush()
+    claim = _CLAIMS[root] = Claim(root, lock, made)
+    return claim
+
+
+def _release(root: Path, lock: IO[str], made: bool, owner: int) -> None:
+    if os.getpid() != owner:  # a forked process has a copy of the claim, but not the lock
+        return
+    with contextlib.suppress(OSError):
+        (root / _LOCK).unlink()  # while the lock is held: nobody else has it
+    lock.close()
+    if made:
+        with contextlib.suppress(OSError):
+            root.rmdir()  # only if it is empty
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of a run: ``report.json``, ``adapter/``, ``adapters/`` (peft format) and ``checkpoints/`` (resumable).
+
+    Once :meth:`start` has returned, the directory is this process's own while the object lives.
 
     Args:
         root: The directory; need not exist.
     """
 
     root: Path
+    _claims: list[Claim] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def report(self) -> Path:
@@ -86,10 +170,25 @@ class RunDirectory:
                 report's ``metadata``.
 
         Raises:
-            ValueError: If the directory cannot be written, a new run would overwrite an old one, or there is no run to
-                resume, or one that was finished and has no checkpoint.
+            ValueError: If the directory cannot be written, another run is using it, a new run would overwrite an old
+                one, or there is no run to resume, or one that was finished and has no checkpoint.
         """
-        writable_directory(self.root)
+        claim = claim_directory(self.root)
+        try:
+            checkpoint = self._decide(resume, flags)
+        except ValueError:
+            if claim not in self._claims:
+                claim.release()
+            raise
+        self._claims.append(claim)
+        return checkpoint
+
+    def release(self) -> None:
+        """Let other processes use the directory, before this object is gone."""
+        while self._claims:
+            self._claims.pop().release()
+
+    def _decide(self, resume: bool, flags: Mapping[str, Any] | None) -> Path | None:
         if not resume:
             if self.holds_run():
                 raise ValueError(
@@ -132,4 +231,4 @@ class RunDirectory:
         text = ", ".join(f"{name} {before[name]} -> {flags[name]}" for name in changed)
         if "lr" in changed:
             text += ". lr has no effect: the checkpoint's schedule goes on"
-        warnings.warn(f"Changed since the run in {self.root} was last started: {text}.", stacklevel=3)
+        warnings.warn(f"Changed since the run in {self.root} was last started: {text}.", stacklevel=4)

@@ -79,7 +79,7 @@ def main(
     checkpoints: Path = CHECKPOINTS,
     results: Path = RESULTS,
     commit: str | None = None,
-    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(),
+    lora: Annotated[LoraOptions, Only("lora_r")] = LoraOptions(lora_r=64),
     strategy: Annotated[StrategyOptions, STRATEGY_FLAGS] = StrategyOptions(),
     compute: Annotated[ComputeOptions, COMPUTE_FLAGS] = ComputeOptions(checkpoint_activations="all"),
 ) -> int:

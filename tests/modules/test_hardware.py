@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_qlora.modules import hardware
 from lightning_qlora.modules.hardware import (
     Capabilities,
     capabilities,
@@ -30,6 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         # What torch says of a T4 too, by emulation, and so must not be asked.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         monkeypatch.setattr("os.cpu_count", lambda: cores)
+        monkeypatch.setattr(hardware, "gpus_of_driver", lambda: (None, ()))
 
     return pretend
 

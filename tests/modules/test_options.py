@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from lightning_qlora.modules.checkpoints.resolve import ModelOptions
 from lightning_qlora.modules.cli import flags_of
@@ -14,7 +15,7 @@ from lightning_qlora.modules.data.options import BatchOptions, DataOptions
 from lightning_qlora.modules.distributed.strategies import StrategyOptions
 from lightning_qlora.modules.distributed.trained_checkpoints import CheckpointOptions
 from lightning_qlora.modules.hardware import Precision, PrecisionChoice
-from lightning_qlora.modules.lora.config import LoraOptions, default_lora
+from lightning_qlora.modules.lora.config import LoraOptions, default_lora, with_targets
 from lightning_qlora.modules.losses import cross_entropy
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
@@ -80,6 +81,41 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
     assert (
         LoraOptions(lora_r=16, lora_alpha=8, lora_dropout=0.5).config().to_dict() == default_lora(16, 8, 0.5).to_dict()
     )
+
+
+def test_an_adapter_to_continue_from_says_what_is_trained(tmp_path) -> None:
+    saved = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 2},
+        lora_dropout=0.3, layers_to_transform=[1], inference_mode=True, base_model_name_or_path="some/base",
+        init_lora_weights="gaussian", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    saved.save_pretrained(tmp_path)
+    found = LoraOptions(init_adapter=tmp_path, lora_dropout=0.1).config()
+    expected = {**saved.to_dict(), "inference_mode": False, "base_model_name_or_path": None, "lora_dropout": 0.1}
+    assert found.to_dict() == expected | {"init_lora_weights": True}
+    same = LoraOptions(init_adapter=tmp_path, lora_r=3, lora_alpha=5, lora_targets="up_proj, v_proj").config()
+    assert same.to_dict() == found.to_dict() | {"lora_dropout": 0.0}
+    for flag, value, theirs in (
+        ("lora_r", 4, 3), ("lora_alpha", 6, 5), ("lora_targets", "v_proj", r"\['up_proj', 'v_proj'\]")
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=rf"^--{flag} is .*, but the adapter in \S+ has {theirs}\. Leave --{flag} out"
+        ):
+            LoraOptions(init_adapter=tmp_path, **{flag: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"holds no LoRA adapter of peft: adapter_config\.json is missing"):
+        LoraOptions(init_adapter=tmp_path / "nothing")
+
+
+def test_targets_are_the_layers_that_are_named() -> None:
+    assert LoraOptions().config().target_modules == "all-linear"
+    for targets in ("q_proj,v_proj", ["v_proj", "q_proj"], " q_proj , v_proj,"):
+        assert LoraOptions(lora_targets=targets).config().target_modules == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="--lora_targets names no layer"):
+        LoraOptions(lora_targets=",")
+    with pytest.raises(
+        ValueError, match=r"\(--lora_targets\) name 'v_prj', which is no projection .*Choose from q_proj, v_"
+    ):
+        with_targets(LoraOptions(lora_targets="q_proj,v_prj").config(), ["q_proj", "v_proj"])
 
 
 def test_the_loss_is_cross_entropy_with_what_is_asked_for() -> None:

@@ -129,6 +129,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
     train_step, tmp_path, flags, message, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a machine with GPUs: on purpose
     with pytest.raises(ValueError, match=message):
         call(train_step, shape="tiny", checkpoints=tmp_path, results=tmp_path, **flags)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +16,12 @@ import pytest
 from nbclient import NotebookClient
 
 from lightning_qlora.callbacks import load_report
+from lightning_qlora.modules.environment import KEPT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+#: What to install first for the test of the install cell, e.g. "torch==2.11.0+cpu torchvision==0.26.0+cpu".
+TORCH = os.environ.get("INSTALL_TORCH")
 
 
 @pytest.mark.slow
@@ -38,3 +48,40 @@ def test_notebook_runs_to_its_end(
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
     shown = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "tokens/s on" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TORCH is None, reason="INSTALL_TORCH names no torch to install, as in 'torch==2.11.0+cpu'")
+def test_the_install_cell_keeps_the_torch_that_is_there(tmp_path: Path) -> None:
+    """A new environment with a torch that constraints.txt does not name. Installs from pip's index for minutes."""
+    assert TORCH is not None
+    repository, environment = tmp_path / "repository", tmp_path / "environment"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "runs", "tests")
+    shutil.copytree(REPOSITORY, repository, ignore=ignored)
+    venv.create(environment, with_pip=True)
+    python = str(environment / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *TORCH.split()], check=True)
+    before = installed(python)
+    constraints = (repository / "constraints.txt").read_text()
+    newer = re.sub(r"(?m)^torch==.*", "torch==99.0", constraints)
+    (repository / "constraints.txt").write_text(newer)
+    notebook = nbformat.read(repository / "recipes" / "kaggle_2xt4.ipynb", as_version=4)
+    cell = next(cell.source for cell in notebook.cells if "pip" in cell.source and cell.cell_type == "code")
+    # In the process that installs, as in a notebook.
+    then = "\nimport lightning_qlora.callbacks\nprint(lightning_qlora.callbacks.load_report)"
+    code = f"from pathlib import Path\n{cell}{then}"
+    result = subprocess.run([python, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    after = installed(python)
+    assert {name: after[name] for name in KEPT if name in before} == {n: before[n] for n in KEPT if n in before}
+    assert f"torch {before['torch']}" in result.stdout.splitlines()[2]
+    assert after["lightning-qlora"]
+    check = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout
+
+
+def installed(python: str) -> dict[str, str]:
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return {package["name"].lower(): package["version"] for package in json.loads(listed.stdout)}

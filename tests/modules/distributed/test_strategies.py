@@ -356,6 +356,7 @@ def test_options_that_do_not_fit_are_refused(name: Any, options: dict[str, Any],
 
 def test_options_are_checked_against_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a machine with GPUs: on purpose
     checked = StrategyOptions("ddp", devices=2).check()
     assert checked == StrategyOptions("ddp", devices=2, precision="32-true")
     assert checked.world_size == 2

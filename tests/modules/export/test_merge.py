@@ -147,11 +147,39 @@ def test_parity_is_of_the_size_of_rounding(tiny_llama_dir, adapter, tmp_path):
     [lambda u, w: w.float(), lambda u, w: w + 1.5 * u.scaling * u.b @ u.a],
     ids=["forgotten", "scaled"],
 )
-def test_the_check_finds_a_wrong_merge_and_keeps_nothing(wrong, tiny_llama_dir, adapter, tmp_path, monkeypatch):
+def test_both_checks_find_a_wrong_merge_and_keep_nothing(wrong, tiny_llama_dir, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge._Update, "merged", wrong)
+    with pytest.raises(ValueError, match=r"The merged '.*' differs"):
+        merge_adapter(tiny_llama_dir, adapter, tmp_path / "out" / "merged", check_ids=IDS)
+    monkeypatch.setattr(merge, "_check_layer", lambda *_: None)  # as if the fault were in a layer between
     with pytest.raises(ValueError, match="The merged model's logits differ"):
         merge_adapter(tiny_llama_dir, adapter, tmp_path / "out" / "merged", check_ids=IDS)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["16-bit", "nested"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_base_that_is_misread_is_found_by_another_reader(
+    form, name, tiny_llama_dir, tiny_llama_4bit_dir, adapter, tmp_path, monkeypatch
+):
+    """Both sides of the logits' check would read it alike."""
+    read = merge._BaseWeights.dense
+
+    def misread(self: Any, wanted: str) -> Tensor:
+        return read(self, wanted) * (1.01 if wanted == name else 1)
+
+    monkeypatch.setattr(merge._BaseWeights, "dense", misread)
+    directory = tiny_llama_dir if form == "16-bit" else tiny_llama_4bit_dir
+    with pytest.raises(ValueError, match=f"merged '{name}' differs by up to .* from what transformers reads"):
+        merge_adapter(directory, adapter, tmp_path / "out" / "merged", dtype=torch.float32, check_ids=IDS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_quantized_base_is_compared_with_what_bitsandbytes_makes_of_it(tiny_llama_dir, adapter, tmp_path):
+    merged = merge_adapter(
+        tiny_llama_dir, adapter, tmp_path / "out", dtype=torch.float32, quantize_base=True, check_ids=IDS
+    )
+    assert merged.base_is_4bit
 
 
 def change_config(directory: Path, **changes: Any) -> None:

@@ -118,6 +118,15 @@ def test_a_16_bit_adapter_becomes_float32(saved, tiny_llama_dir):
     assert all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in adapter_state(model).values())
 
 
+def test_an_adapter_of_a_compiled_model_loads(saved, tiny_llama_dir):
+    model, directory = saved
+    names = {name: name.replace("base_model.model.", "base_model.model._orig_mod.") for name in adapter_state(model)}
+    rewrite(directory, lambda tensors: [tensors.update({names[n]: tensors.pop(n)}) for n in list(tensors)])
+    other = load(tiny_llama_dir, default_lora(4))
+    load_adapter(other, directory, default_lora(4))
+    torch.testing.assert_close(adapter_state(other), adapter_state(model), rtol=0, atol=0)
+
+
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(directory / WEIGHTS_NAME)
     change(tensors)
@@ -150,8 +159,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: change_config(d, lora_alpha=16), "has lora_alpha=16, this run lora_alpha=8"),
         (lambda d: change_config(d, use_rslora=True), "has use_rslora=True"),
         (lambda d: change_config(d, alpha_pattern={"q_proj": 2}), r"has alpha_pattern=\{'q_proj': 2\}"),
-        (lambda d: rewrite(d, lambda t: t.pop(Q)), f"'{Q}' is on one side only. Use its own target_modules"),
-        (lambda d: rewrite(d, lambda t: t.update(more=t[Q].clone())), "'more' is on one side only"),
+        (lambda d: rewrite(d, lambda t: t.pop(Q)), f"lacks '{Q}', which the model needs.*use its own target"),
+        (lambda d: rewrite(d, lambda t: t.update(more=t[Q].clone())), "holds 'more', which the model does not take"),
         (lambda d: rewrite(d, lambda t: t.update({Q: torch.zeros(4, 7)})), rf"'{Q}' has shape \(4, 7\), not \(4, 64\)"),
     ],
 )

@@ -1,14 +1,19 @@
 """When a run may begin, and from where."""
 
 import errno
+import fcntl
 import json
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from lightning_qlora.modules.training.run_directory import RunDirectory, writable_directory
+from lightning_qlora.modules.training.run_directory import RunDirectory, claim_directory, writable_directory
 
 
 @pytest.fixture
@@ -24,10 +29,92 @@ def checkpoint(run: RunDirectory, name: str, age: float = 0.0) -> None:
     os.utime(path, (1e9 - age, 1e9 - age))
 
 
-def test_nothing_is_made_by_looking(run):
+def test_what_was_claimed_and_never_used_is_gone(run):
     assert run.start(resume=False) is None
     assert run.latest_checkpoint() is None
+    assert [path.name for path in run.root.iterdir()] == [".lock"]
+    assert not run.holds_run()
+    run.release()
     assert not run.root.exists()
+    run.root.mkdir()
+    run.start(resume=False)
+    run.release()
+    assert list(run.root.iterdir()) == []  # it was there before
+
+
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from lightning_qlora.modules.training.run_directory import RunDirectory
+try:
+    run = RunDirectory(Path(sys.argv[1]))
+    run.start(resume=False)
+    print("started", flush=True)
+    sys.stdin.readline()
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture
+def other_run(run) -> Iterator[Callable[[], subprocess.Popen]]:
+    """Starts a run in another process, which then waits; its first line says how that went."""
+    processes = []
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", OTHER_RUN, str(run.root)]
+        processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=run.root.parent)
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_from_the_first_second(run, other_run):
+    """Neither has written anything yet. A lock that a killed run left behind is in nobody's way."""
+    first = other_run()
+    assert first.stdout.readline() == "started\n"
+    for resume in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"output_dir \S*/run is in use by another run \(process {first.pid} on "
+        ) as e:
+            run.start(resume)
+    assert re.search(
+        r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)\. Name another directory, or wait until that run", str(e.value)
+    )
+    assert [path.name for path in run.root.iterdir()] == [".lock"]
+    first.kill()
+    first.wait()
+    assert (run.root / ".lock").read_text().startswith(f"process {first.pid} on ")
+    assert run.start(resume=False) is None
+    assert RunDirectory(run.root).start(resume=False) is None  # the same process, as from a notebook
+    second = other_run()
+    assert f"in use by another run (process {os.getpid()} on " in second.stdout.readline()
+    run.release()
+    third = other_run()
+    assert third.stdout.readline() == "started\n"
+    third.communicate("\n")
+    assert not (run.root / ".lock").exists()
+
+
+def test_a_claim_ends_with_its_object(tmp_path):
+    claim = claim_directory(tmp_path / "new")
+    assert claim is claim_directory(tmp_path / "." / "new")
+    del claim
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_system_without_locks_is_said_once_and_used(run, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.warns(UserWarning, match="is on a file system without locks .*make sure that no other run uses it"):
+        assert run.start(resume=False) is None
 
 
 def test_a_directory_of_other_things_holds_no_run(run):
