@@ -67,7 +67,18 @@ def test_no_two_groups_have_a_field_in_common() -> None:
         (ComputeOptions, {"attention": "fast"}, "attention must be one of 'auto', 'sdpa'"),
         (ComputeOptions, {"sliding_window": 0}, "sliding_window must be at least 1"),
         (ComputeOptions, {"compile": "on"}, "compile must be one of 'off', 'default', 'max-autotune', got 'on'"),
-        (ComputeOptions, {"offload_activations": True}, "checkpoint_activations is off"),
+        (
+            ComputeOptions,
+            {"offload_activations": True, "checkpoint_activations": "none"},
+            "checkpoint_activations is off",
+        ),
+        (
+            ComputeOptions,
+            {"checkpoint_activations": "some"},
+            "must be auto, all, none or a number of layers, got 'some'",
+        ),
+        (ComputeOptions, {"checkpoint_activations": -1}, "must be auto, all, none or a number of layers, got -1"),
+        (ComputeOptions, {"memory_limit_gib": 0.0}, "--memory_limit_gib must be above 0"),
         (CheckpointOptions, {"save_every": 0}, "--save_every must be at least 1, got 0"),
     ],
 )
