@@ -60,8 +60,8 @@ GIB = 2**30
 #: libraries are of that size), and NCCL's buffers.
 CONTEXT_BYTES, NCCL_BYTES = 512 * 2**20, 256 * 2**20
 
-#: Share of the allocator's memory that lies unused between its blocks.
-FRAGMENTATION = 0.05
+#: What lies unused between the allocator's blocks: a share of its memory, but at least so many bytes.
+FRAGMENTATION, LEAST_FRAGMENTATION_BYTES = 0.05, 128 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ class MemoryPlan:
     def device_bytes(self) -> int:
         """What the device must have: the peak, what lies unused in the allocator, and what is outside of it."""
         outside = CONTEXT_BYTES + (NCCL_BYTES if self.settings.world_size > 1 else 0)
-        return int(self.total_bytes * (1 + FRAGMENTATION)) + outside
+        return self.total_bytes + max(int(self.total_bytes * FRAGMENTATION), LEAST_FRAGMENTATION_BYTES) + outside
 
     def table(self) -> str:
         """Parts by moments in GiB, the peak marked."""
