@@ -20,7 +20,8 @@ import torch
 from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.export.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.export.merge import merge_adapter
+from lightning_qlora.modules.export.weights import adapter_config
 from lightning_qlora.modules.training.run_directory import RunDirectory
 
 

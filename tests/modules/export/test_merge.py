@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.export import merge
-from lightning_qlora.modules.export.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.export.merge import merge_adapter
+from lightning_qlora.modules.export.weights import LoraUpdate, adapter_config
 from lightning_qlora.modules.lora.adapter_files import save_adapter
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
@@ -148,7 +149,7 @@ def test_parity_is_of_the_size_of_rounding(tiny_llama_dir, adapter, tmp_path):
     ids=["forgotten", "scaled"],
 )
 def test_the_check_finds_a_wrong_merge_and_keeps_nothing(wrong, tiny_llama_dir, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge._Update, "merged", wrong)
+    monkeypatch.setattr(LoraUpdate, "merged", wrong)
     with pytest.raises(ValueError, match="The merged model's logits differ"):
         merge_adapter(tiny_llama_dir, adapter, tmp_path / "out" / "merged", check_ids=IDS)
     assert list((tmp_path / "out").iterdir()) == []
