@@ -180,16 +180,17 @@ class FinetunedWeights:
         return self.updates[name].merged(weight) if name in self.updates else weight
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, *, adapted: bool = True) -> Tensor:
+    def logits(self, ids: Tensor, *, adapted: bool = True, keep: Tensor | None = None) -> Tensor:
         """Logits of transformers' own model in float32, whose layers get their weights when they are called and lose
         them after. The adapter is computed beside its layers, not merged.
 
         Args:
             ids: int64 [S] or [B, S]. Rows that are shorter may be filled up at their end with any token.
             adapted: Whether the adapter takes part.
+            keep: The positions whose logits are wanted, int64 [P]; by default all S.
 
         Returns:
-            float32 [S, V] or [B, S, V].
+            float32 [P, V] or [B, P, V].
         """
         with torch.device("meta"):
             model = family_of(self.config).model_class(self.config).eval().float()
@@ -201,7 +202,8 @@ class FinetunedWeights:
                 load = _load_before(self.base, name, self.config.tie_word_embeddings)
                 module.register_forward_pre_hook(load)
                 module.register_forward_hook(_unload_after(updates.get(f"{name}.weight")))
-        logits: Tensor = model(input_ids=ids if ids.ndim == 2 else ids[None], use_cache=False).logits
+        batch = ids if ids.ndim == 2 else ids[None]
+        logits: Tensor = model(input_ids=batch, use_cache=False, logits_to_keep=0 if keep is None else keep).logits
         return logits if ids.ndim == 2 else logits[0]
 
     def close(self) -> None:

@@ -1,0 +1,274 @@
+"""GGUF files for llama.cpp: a base with its adapter merged, in any of GGUF's types, or the adapter alone.
+
+Written tensor by tensor: beside the base's file, memory holds a weight as it is stored (in float32 if it is adapted or
+4-bit) and as it is written. The file appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, Keys
+from torch import Tensor
+
+from ..checkpoints.tokenizer import load_tokenizer
+from ..models.families import load_config
+from ._gguf_architecture import Names, architecture_of, interleaved, transformed, write_configuration
+from ._gguf_tokenizer import read_vocabulary
+from ._gguf_types import FileType, Place, byte_shape, convert, find_file_type, tensor_type
+from .weights import FinetunedWeights, adapter_config, read_updates
+
+#: Called with the bytes written so far and those of the whole file.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export_gguf` or :func:`export_gguf_adapter` wrote.
+
+    Attributes:
+        path: The file.
+        file_type: Name of its type.
+        total_bytes: Its size.
+        adapted: How many weights the adapter changed.
+        types: How many tensors have which GGUF type.
+        stop_tokens: Ids that end an answer, that of the training's chat template first.
+        notes: Where llama.cpp differs from transformers, or the file from what was asked for, in sentences.
+    """
+
+    path: Path
+    file_type: str
+    total_bytes: int
+    adapted: int
+    types: dict[str, int]
+    stop_tokens: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor to be written; ``source`` is transformers' name, or the tensor itself."""
+
+    name: str
+    source: str | Tensor
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(byte_shape(self.shape, self.kind)))
+
+
+def export_gguf(
+    weights: FinetunedWeights,
+    output: str | Path,
+    *,
+    file_type: str = "f16",
+    name: str | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Path, Exported], None] | None = None,
+) -> Exported:
+    """Write a finetuned model as one GGUF file.
+
+    Args:
+        weights: The model. Its base's directory must have a tokenizer.
+        output: The file; must not exist.
+        file_type: One of :data:`~lightning_qlora.modules.export.gguf.FILE_TYPES`.
+        name: ``general.name``; by default the base's.
+        progress: Called after each tensor.
+        check: Called with the whole file before it gets its name; what it raises keeps the file from appearing.
+
+    Raises:
+        ValueError: If llama.cpp cannot compute the model or its tokenizer, ``output`` exists, the disk is too small, or
+            a weight is not finite in the type. Nothing is left behind then.
+    """
+    output, kind = Path(output), find_file_type(file_type)
+    config, base = weights.config, weights.checkpoint.directory
+    architecture = architecture_of(config)
+    vocabulary = read_vocabulary(load_tokenizer(base), config.vocab_size, _generation_eos(base))
+    with _staged(output) as staged:
+        writer = GGUFWriter(None, architecture.name)
+        writer.add_type(GGUFType.MODEL)
+        writer.add_name(name or base.name)
+        writer.add_file_type(kind.id)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        extra, notes = write_configuration(writer, architecture, config)
+        vocabulary.write(writer)
+        planned = [
+            _Planned(key, tensor, tuple(tensor.shape), GGMLQuantizationType.F32) for key, tensor in extra.items()
+        ]
+        planned += _plan(weights, kind)
+        notes = [*vocabulary.notes, *notes, *_type_notes(kind, planned)]
+
+        def tensor(each: _Planned) -> Tensor:
+            if isinstance(each.source, Tensor):
+                return each.source
+            return transformed(architecture, config, each.source, weights.merged(each.source))
+
+        _write(writer, staged, planned, tensor, progress)
+        exported = Exported(
+            output, kind.name, staged.stat().st_size, len(weights.updates),
+            dict(Counter(each.kind.name for each in planned)), vocabulary.stop_tokens, tuple(notes),
+        )  # fmt: skip
+        if check is not None:
+            check(staged, exported)
+    return exported
+
+
+def export_gguf_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    file_type: str = "f16",
+    progress: Progress | None = None,
+    check: Callable[[Path, Exported], None] | None = None,
+) -> Exported:
+    """Write an adapter alone, which llama.cpp adds to a GGUF file of its base (``--lora``).
+
+    Args:
+        base: The base model's directory, of which only the configuration is read.
+        adapter: Directory of a LoRA adapter in peft's format.
+        output: The file; must not exist.
+        file_type: ``f32``, ``f16`` or ``bf16``.
+        progress: Called after each tensor.
+        check: As of :func:`export_gguf`.
+
+    Raises:
+        ValueError: As :func:`export_gguf`.
+    """
+    output, kind = Path(output), find_file_type(file_type)
+    if kind.is_quantized:
+        raise ValueError(f"Adapters are small: write them as f32, f16 or bf16, not as {kind.name}.")
+    config = load_config(base)
+    architecture = architecture_of(config)
+    updates, names = read_updates(adapter, config), Names(architecture, config.num_hidden_layers)
+    lora = adapter_config(adapter)
+    alpha = float(lora.lora_alpha)
+    planned = []
+    for source, update in updates.items():
+        # llama.cpp scales by alpha / rank. What this layer's scaling is beyond that goes into B.
+        b = update.b * (update.scaling / (alpha / update.b.shape[1]))
+        if architecture.interleaved_rope and (projection := source.split(".")[-2]) in ("q_proj", "k_proj"):
+            b = interleaved(b, config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)
+        place = Place("", 0, 1, 1, is_head=False)
+        for suffix, part in (("lora_a", update.a), ("lora_b", b)):
+            shape = tuple(part.shape)
+            planned.append(_Planned(f"{names(source)}.{suffix}", part, shape, tensor_type(kind, shape, place)))
+    with _staged(output) as staged:
+        writer = GGUFWriter(None, architecture.name)
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(Path(adapter).resolve().name)
+        writer.add_file_type(kind.id)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        _write(writer, staged, planned, lambda each: each.source, progress)  # type: ignore[arg-type, return-value]
+        exported = Exported(
+            output, kind.name, staged.stat().st_size, len(updates), dict(Counter(each.kind.name for each in planned))
+        )
+        if check is not None:
+            check(staged, exported)
+    return exported
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A path to write to, whose file gets the name ``output`` if nothing is raised, and else is removed."""
+    if output.exists():
+        raise ValueError(f"{output} exists already. Name a new file.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        staged = Path(scratch) / output.name
+        yield staged
+        staged.replace(output)
+
+
+def _plan(weights: FinetunedWeights, kind: FileType) -> list[_Planned]:
+    config = weights.config
+    names = Names(architecture_of(config), config.num_hidden_layers)
+    planned = []
+    for source, shape in weights.shapes.items():
+        name = names(source)
+        parts = name.split(".")
+        place = Place(
+            parts[-2],
+            int(parts[1]) if parts[0] == "blk" else 0,
+            config.num_hidden_layers,
+            config.num_attention_heads // config.num_key_value_heads,
+            is_head=parts[0] == ("token_embd" if config.tie_word_embeddings else "output"),
+        )
+        planned.append(_Planned(name, source, shape, tensor_type(kind, shape, place)))
+    return planned
+
+
+def _type_notes(kind: FileType, planned: list[_Planned]) -> list[str]:
+    fallen = [each for each in planned if kind.is_quantized and len(each.shape) > 1 and each.kind.name == "F16"]
+    blocks = {each.shape[-1] for each in planned if kind.needs_libgguf and len(each.shape) > 1 and each.shape[-1] % 256}
+    notes = []
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices stay F16, because their rows are not multiples of 32, such as {fallen[0].name}."
+        )
+    if blocks:
+        notes.append(
+            f"K-quants have blocks of 256; matrices with rows of {', '.join(map(str, sorted(blocks)))} get types with "
+            "blocks of 32, and the file becomes larger."
+        )
+    return notes
+
+
+def _write(
+    writer: GGUFWriter,
+    path: Path,
+    planned: list[_Planned],
+    tensor: Callable[[_Planned], Tensor],
+    progress: Progress | None,
+) -> None:
+    total = sum(each.nbytes for each in planned)
+    _check_disk(path.parent, total)
+    for each in planned:
+        shape = byte_shape(each.shape, each.kind)
+        writer.add_tensor_info(each.name, shape, np.dtype(np.uint8), each.nbytes, raw_dtype=each.kind)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done = 0
+        for each in planned:
+            # No name for the tensor, which would keep it alive beside the next one.
+            writer.write_tensor_data(convert(tensor(each), each.kind, each.name))
+            done += each.nbytes
+            if progress is not None:
+                progress(done, total)
+    finally:
+        writer.close()
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed + 64 * 2**20:  # the vocabulary takes up to some 20 MB
+        raise ValueError(
+            f"The file needs {needed / 2**30:.2f} GiB, but {directory} has {free / 2**30:.2f} GiB free. Free some, "
+            "name a file on another disk, or take a --type of fewer bits."
+        )
+
+
+def _generation_eos(directory: Path) -> list[int]:
+    """``eos_token_id`` of ``generation_config.json``."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        value = json.loads(path.read_text()).get("eos_token_id")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
