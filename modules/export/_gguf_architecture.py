@@ -56,9 +56,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen2"),
         Architecture("qwen3"),
         Architecture("smollm3", interleaved_rope=True, no_rope_every=4),
-        Architecture("granite", interleaved_rope=True),
+        Architecture("granite", interleaved_rope=True, rope_scalings=_WITH_FACTORS),
         Architecture("olmo2"),
-        Architecture("phi3", rope_scalings=frozenset({"linear", "yarn", "longrope"})),
+        Architecture("phi3", rope_scalings=frozenset({"longrope"})),
         Architecture("gemma2", norm_offset=1.0, window_period=2, untied=False),
         Architecture("gemma3", norm_offset=1.0, window_period=6),
     )
@@ -267,16 +267,13 @@ def _write_rope(writer: GGUFWriter, architecture: Architecture, config: Pretrain
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         return {}
-    if rope.get("truncate", True) is not True:
-        raise ValueError(
-            "llama.cpp rounds the bounds of yarn's ramp to whole dimensions; the model has truncate=false."
-        )
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    if differing := {name: rope[name] for name, value in fixed.items() if rope.get(name, value) not in (value, None)}:
+        raise ValueError(f"The model's yarn scaling has {differing}; llama.cpp always computes with {fixed}.")
     factor = float(rope["factor"])
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_orig_ctx_len(int(original))
-    writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-    writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
     # llama.cpp multiplies by 1 + 0.1 ln(factor) itself.
     attention_factor /= 1 + 0.1 * math.log(factor)
     if abs(attention_factor - 1) > 1e-6:

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._gguf_types import FILE_TYPES
 from .weights import FinetunedWeights
@@ -55,6 +56,9 @@ class LlamaCpp:
         lora: An adapter as a GGUF file, which is added to the model.
         threads: Threads it computes with; by default as many as torch.
 
+    Attributes:
+        context: Tokens that a request may have: what was asked for, or what the file allows.
+
     Raises:
         ValueError: If the extra is not installed, or llama.cpp cannot load the file.
     """
@@ -85,6 +89,7 @@ class LlamaCpp:
         for line in self._process.stdout:
             if line.startswith("http"):
                 self._address = line.strip()
+                self.context = int(self._get("/props")["default_generation_settings"]["n_ctx"])
                 return
         self.close()
         raise ValueError(f"llama.cpp cannot load {model}: {self._last_error()}")
@@ -115,10 +120,14 @@ class LlamaCpp:
         ]
         return (told or lines or ["it said nothing"])[0]
 
+    def _get(self, path: str) -> Any:
+        return self._request(urllib.request.Request(self._address + path))
+
     def _post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        return self._request(urllib.request.Request(self._address + path, data, headers))
+
+    def _request(self, request: urllib.request.Request) -> Any:
         try:
             with self._opener.open(request) as response:
                 return json.load(response)
@@ -227,13 +236,12 @@ def verify_gguf(
     Raises:
         ValueError: If llama.cpp cannot load the file, or a comparison fails: which one, and what may be wrong.
     """
-    kind, context = FILE_TYPES[file_type], int(weights.config.max_position_embeddings)
-    texts = _texts(tokenizer, prompts, min(context, 512) - _CONTINUATION - 2)
-    notes: list[str] = []
-    with LlamaCpp(path, context=min(context, 1024), lora=lora) as llama:
+    kind, notes = FILE_TYPES[file_type], list[str]()
+    with LlamaCpp(path, context=_context(weights.config), lora=lora) as llama:
+        texts = _texts(tokenizer, prompts, llama.context - _CONTINUATION)
         _compare_rendering(llama, tokenizer, notes)
         asked = [_compare_tokens(llama, tokenizer, text, notes) for text in texts]
-        asked = [ids for ids in asked if len(ids) + _CONTINUATION < context]
+        asked = [ids for ids in asked if len(ids) + _CONTINUATION < llama.context]
         for token in stop_tokens:
             if not llama.stops_at(token, asked[0]):
                 raise ValueError(
@@ -254,6 +262,17 @@ def verify_gguf(
     verified = _summary(pairs, tuple(notes))
     _judge(verified, kind.name, kind.kl_bound, kind.is_quantized, pairs)
     return verified
+
+
+def _context(config: PretrainedConfig) -> int:
+    """The context to compare in. With longrope, llama.cpp chooses the factors by the context that it is started with,
+    transformers by the tokens so far: up to the original context both take the short ones.
+    """
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    longest = int(config.max_position_embeddings)
+    if rope.get("rope_type") == "longrope":
+        longest = int(rope["original_max_position_embeddings"])
+    return min(longest, 512)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: int) -> list[str]:
@@ -289,7 +308,8 @@ def _compare_rendering(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, note
 
 
 def _compare_tokens(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str, notes: list[str]) -> list[int]:
-    """The ids of a text by the tokenizer, which must be llama.cpp's. Templates write their special tokens themselves."""
+    """The ids of a text by the tokenizer, which must be llama.cpp's."""
+    # Chat templates write their special tokens themselves.
     add_special = not tokenizer.chat_template
     ours = [int(token) for token in tokenizer(text, add_special_tokens=add_special)["input_ids"]]
     theirs = llama.tokenize(text, add_special=add_special)
@@ -300,8 +320,8 @@ def _compare_tokens(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: s
         raise ValueError(
             f"llama.cpp splits {text[:60]!r} into other tokens than the tokenizer does: "
             f"{tokenizer.convert_ids_to_tokens(theirs[at : at + 4])} instead of "
-            f"{tokenizer.convert_ids_to_tokens(ours[at : at + 4])} from token {at} on. The file's pre-tokenizer, merges "
-            "or special tokens are wrong."
+            f"{tokenizer.convert_ids_to_tokens(ours[at : at + 4])} from token {at} on. The file's pre-tokenizer, "
+            "merges or special tokens are wrong."
         )
     return ours
 
@@ -351,8 +371,8 @@ def _judge(
     causes = "A tensor, the rotary embedding or another number of the file is wrong."
     if not verified.kl <= kl_bound:
         raise ValueError(
-            f"In llama.cpp the file's next-token distribution has a KL divergence of {verified.kl:.3g} from the model's; "
-            f"{file_type} explains up to {kl_bound:g}. {causes}"
+            f"In llama.cpp the file's next-token distribution has a KL divergence of {verified.kl:.3g} from the "
+            f"model's; {file_type} explains up to {kl_bound:g}. {causes}"
         )
     if quantized:
         return

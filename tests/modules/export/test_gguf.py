@@ -1,4 +1,4 @@
-"""Exported GGUF files compute in a real llama.cpp what transformers computes: every family, tokenizer, type and scaling."""
+"""Exported GGUF files compute in a real llama.cpp what transformers computes: families, tokenizers, types, scalings."""
 
 import json
 import shutil
@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.export.gguf import Exported, export_gguf
-from lightning_qlora.modules.export.llama_cpp import Verified, verify_gguf
+from lightning_qlora.modules.export.llama_cpp import LlamaCpp, Verified, verify_gguf
 from lightning_qlora.modules.export.weights import FinetunedWeights
 from lightning_qlora.modules.models.families import FAMILIES
 
@@ -119,6 +120,11 @@ def model(tiny_llama_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
+def value(path: Path, key: str) -> Any:
+    field = GGUFReader(path).get_field(key)
+    return None if field is None else field.contents()
+
+
 def export(directory: Path, file_type: str = "f16", adapter: Path | None = None) -> tuple[Exported, Verified]:
     weights = FinetunedWeights(directory, adapter)
     exported = export_gguf(weights, directory / f"{file_type}.gguf", file_type=file_type)
@@ -132,3 +138,68 @@ def test_every_family_answers_in_llama_cpp_as_in_transformers(model_type, model)
     assert verified.positions >= 64
     assert verified.difference < 0.02
     assert verified.top1 == 1
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 256,
+            "short_factor": [1 + i / 10 for i in range(8)], "long_factor": [2 + i / 5 for i in range(8)]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("qwen2", {"rope_type": "linear", "factor": 4.0}),
+        ("granite", LLAMA3),
+        ("smollm3", YARN),
+        ("qwen3", {**YARN, "attention_factor": 1.5}),
+        ("llama", LONGROPE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["rope_type"],
+)
+def test_rope_scaling(model_type, rope, model):
+    options: dict[str, Any] = {"max_position_embeddings": 512, **({"head_dim": 16} if model_type == "qwen3" else {})}
+    exported, verified = export(model(model_type, rope_parameters={"rope_theta": 10000.0, **rope}, **options))
+    assert verified.difference < 0.02
+
+
+def test_longrope_beyond_the_original_context(model):
+    rope = {"rope_theta": 10000.0, **LONGROPE, "original_max_position_embeddings": 32}
+    weights = FinetunedWeights(model("phi3", original_max_position_embeddings=32, rope_parameters=rope))
+    exported = export_gguf(weights, weights.checkpoint.directory / "m.gguf")
+    row = torch.randint(5, 300, (60,), generator=torch.Generator().manual_seed(0))
+    with LlamaCpp(exported.path, context=128) as llama:
+        ids, log_probs = llama.log_probs(row.tolist(), VOCAB_SIZE)
+    expected = weights.logits(row)[-1].log_softmax(-1)[ids]
+    assert float((log_probs - expected).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("qwen2", {"rope_parameters": {"rope_theta": 1e4, **LLAMA3}}, "scaled by 'llama3'; llama.cpp's 'qwen2' knows linear"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, **YARN, "beta_fast": 16}}, "yarn scaling has {'beta_fast': 16}"),
+        ("llama", {"hidden_act": "gelu"}, "activation is 'gelu'; llama.cpp's 'llama' computes 'silu'"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "rotary embeddings in the layers"),
+        ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar=20; llama.cpp's 'gemma2' by that of 32"),
+        ("gemma2", {"tie_word_embeddings": False}, "always uses the embeddings as head"),
+        ("gemma2", {"attn_logit_softcapping": None}, "always caps"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "always has windows"),
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"]}, "each 6th"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_does_not_compute_is_refused(model_type, options, message, model):
+    directory = model(model_type, **options)
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        export_gguf(FinetunedWeights(directory), directory / "m.gguf")
+    assert not [path for path in directory.iterdir() if "gguf" in path.name]
+
+
+def test_windows_that_llama_cpp_lacks_limit_the_context(model):
+    exported, _ = export(model("mistral", sliding_window=100))
+    assert len(exported.notes) == 1
+    assert (
+        "no attention windows, and this model's are 100 tokens: the context length is set to 100" in exported.notes[0]
+    )
+    assert value(exported.path, "llama.context_length") == 100
