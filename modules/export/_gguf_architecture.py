@@ -111,7 +111,7 @@ def transformed(architecture: Architecture, config: PretrainedConfig, name: str,
         architecture: llama.cpp's.
         config: The model's.
         name: transformers'.
-        weight: [N, K] or [N].
+        weight: [N, K] or [N]; of an adapter its B, [N, R].
     """
     if name.endswith("norm.weight"):
         return weight.float() + architecture.norm_offset
@@ -126,7 +126,7 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows i and i + D/2 of each head become neighbours.
 
     Args:
-        weight: [heads * D, ...], of q or k: weight, bias, or the adapter's B.
+        weight: [heads * D, ...].
         heads: How many.
     """
     halves = weight.view(heads, 2, -1, *weight.shape[1:])

@@ -10,10 +10,11 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, Keys
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from ..checkpoints.tokenizer import load_tokenizer
 from ..models.families import load_config
-from ._gguf_architecture import Names, architecture_of, interleaved, transformed, write_configuration
+from ._gguf_architecture import Names, architecture_of, transformed, write_configuration
 from ._gguf_tokenizer import read_vocabulary
 from ._gguf_types import FileType, Place, byte_shape, convert, find_file_type, tensor_type
+from .llama_cpp import Verified, verify_gguf
 from .weights import FinetunedWeights, adapter_config, read_updates
 
 #: Called with the bytes written so far and those of the whole file.
@@ -40,8 +42,10 @@ class Exported:
         total_bytes: Its size.
         adapted: How many weights the adapter changed.
         types: How many tensors have which GGUF type.
+        seconds: How long writing took.
         stop_tokens: Ids that end an answer, that of the training's chat template first.
         notes: Where llama.cpp differs from transformers, or the file from what was asked for, in sentences.
+        verified: How it answers in llama.cpp; ``None`` if it was not run.
     """
 
     path: Path
@@ -49,8 +53,10 @@ class Exported:
     total_bytes: int
     adapted: int
     types: dict[str, int]
+    seconds: float
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    verified: Verified | None = None
 
 
 @dataclass(frozen=True)
@@ -74,26 +80,28 @@ def export_gguf(
     file_type: str = "f16",
     name: str | None = None,
     progress: Progress | None = None,
-    check: Callable[[Path, Exported], None] | None = None,
+    verify: bool = False,
 ) -> Exported:
     """Write a finetuned model as one GGUF file.
 
     Args:
         weights: The model. Its base's directory must have a tokenizer.
         output: The file; must not exist.
-        file_type: One of :data:`~lightning_qlora.modules.export.gguf.FILE_TYPES`.
+        file_type: ``f16``, ``q8_0``, ``q4_k_m``, ...: see :func:`check_file_types`.
         name: ``general.name``; by default the base's.
         progress: Called after each tensor.
-        check: Called with the whole file before it gets its name; what it raises keeps the file from appearing.
+        verify: Run the file in llama.cpp before it gets its name, see
+            :func:`~lightning_qlora.modules.export.llama_cpp.verify_gguf`.
 
     Raises:
         ValueError: If llama.cpp cannot compute the model or its tokenizer, ``output`` exists, the disk is too small, or
-            a weight is not finite in the type. Nothing is left behind then.
+            a weight is not finite in the type, or llama.cpp does not answer as the model. Nothing is left behind then.
     """
-    output, kind = Path(output), find_file_type(file_type)
+    began, output, kind = perf_counter(), Path(output), find_file_type(file_type)
     config, base = weights.config, weights.checkpoint.directory
     architecture = architecture_of(config)
-    vocabulary = read_vocabulary(load_tokenizer(base), config.vocab_size, _generation_eos(base))
+    tokenizer = load_tokenizer(base)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, _generation_eos(base))
     with _staged(output) as staged:
         writer = GGUFWriter(None, architecture.name)
         writer.add_type(GGUFType.MODEL)
@@ -110,16 +118,23 @@ def export_gguf(
 
         def tensor(each: _Planned) -> Tensor:
             if isinstance(each.source, Tensor):
-                return each.source
+                return each.source  # of rope scaling
             return transformed(architecture, config, each.source, weights.merged(each.source))
 
         _write(writer, staged, planned, tensor, progress)
         exported = Exported(
-            output, kind.name, staged.stat().st_size, len(weights.updates),
-            dict(Counter(each.kind.name for each in planned)), vocabulary.stop_tokens, tuple(notes),
-        )  # fmt: skip
-        if check is not None:
-            check(staged, exported)
+            output,
+            kind.name,
+            staged.stat().st_size,
+            len(weights.updates),
+            _count(planned),
+            perf_counter() - began,
+            vocabulary.stop_tokens,
+            tuple(notes),
+        )
+        if verify:
+            verified = verify_gguf(staged, weights, tokenizer, kind.name, vocabulary.stop_tokens)
+            exported = replace(exported, verified=verified)
     return exported
 
 
@@ -129,40 +144,36 @@ def export_gguf_adapter(
     output: str | Path,
     *,
     file_type: str = "f16",
-    progress: Progress | None = None,
-    check: Callable[[Path, Exported], None] | None = None,
+    base_gguf: str | Path | None = None,
 ) -> Exported:
     """Write an adapter alone, which llama.cpp adds to a GGUF file of its base (``--lora``).
 
     Args:
-        base: The base model's directory, of which only the configuration is read.
+        base: The base model's directory.
         adapter: Directory of a LoRA adapter in peft's format.
         output: The file; must not exist.
         file_type: ``f32``, ``f16`` or ``bf16``.
-        progress: Called after each tensor.
-        check: As of :func:`export_gguf`.
+        base_gguf: A GGUF file of the base in one of these types, in which llama.cpp runs the adapter before its file
+            gets its name.
 
     Raises:
         ValueError: As :func:`export_gguf`.
     """
-    output, kind = Path(output), find_file_type(file_type)
+    began, output, kind = perf_counter(), Path(output), find_file_type(file_type)
     if kind.is_quantized:
         raise ValueError(f"Adapters are small: write them as f32, f16 or bf16, not as {kind.name}.")
     config = load_config(base)
     architecture = architecture_of(config)
     updates, names = read_updates(adapter, config), Names(architecture, config.num_hidden_layers)
-    lora = adapter_config(adapter)
-    alpha = float(lora.lora_alpha)
+    alpha = float(adapter_config(adapter).lora_alpha)
     planned = []
     for source, update in updates.items():
         # llama.cpp scales by alpha / rank. What this layer's scaling is beyond that goes into B.
         b = update.b * (update.scaling / (alpha / update.b.shape[1]))
-        if architecture.interleaved_rope and (projection := source.split(".")[-2]) in ("q_proj", "k_proj"):
-            b = interleaved(b, config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)
-        place = Place("", 0, 1, 1, is_head=False)
+        b = transformed(architecture, config, source, b)
         for suffix, part in (("lora_a", update.a), ("lora_b", b)):
-            shape = tuple(part.shape)
-            planned.append(_Planned(f"{names(source)}.{suffix}", part, shape, tensor_type(kind, shape, place)))
+            kind_of_part = tensor_type(kind, tuple(part.shape), Place("", 0, 1, 1, is_head=False))
+            planned.append(_Planned(f"{names(source)}.{suffix}", part, tuple(part.shape), kind_of_part))
     with _staged(output) as staged:
         writer = GGUFWriter(None, architecture.name)
         writer.add_type(GGUFType.ADAPTER)
@@ -171,13 +182,36 @@ def export_gguf_adapter(
         writer.add_name(Path(adapter).resolve().name)
         writer.add_file_type(kind.id)
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        _write(writer, staged, planned, lambda each: each.source, progress)  # type: ignore[arg-type, return-value]
+        _write(writer, staged, planned, _given, None)
         exported = Exported(
-            output, kind.name, staged.stat().st_size, len(updates), dict(Counter(each.kind.name for each in planned))
+            output, kind.name, staged.stat().st_size, len(updates), _count(planned), perf_counter() - began
         )
-        if check is not None:
-            check(staged, exported)
+        if base_gguf is not None:
+            weights = FinetunedWeights(base, adapter)
+            verified = verify_gguf(base_gguf, weights, load_tokenizer(base), kind.name, lora=staged)
+            exported = replace(exported, verified=verified)
     return exported
+
+
+def _given(planned: _Planned) -> Tensor:
+    assert isinstance(planned.source, Tensor)
+    return planned.source
+
+
+def _count(planned: list[_Planned]) -> dict[str, int]:
+    return dict(Counter(each.kind.name for each in planned))
+
+
+def check_file_types(names: Sequence[str]) -> list[str]:
+    """The names of file types as they are spelled here.
+
+    Raises:
+        ValueError: If there is no such type, it needs a package that is not installed, or one is named twice.
+    """
+    found = [find_file_type(name).name for name in names]
+    if len(set(found)) < len(found):
+        raise ValueError(f"A type is named twice: {', '.join(found)}.")
+    return found
 
 
 @contextmanager

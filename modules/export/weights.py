@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ...kernels.nf4 import Quantized4bit, dequantize_4bit, dequantize_quant_state
+from ..checkpoints.resolve import base_name, resolve_model
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..lora.adapter_files import read_adapter
 from ..lora.config import check_plain_lora
@@ -59,6 +60,52 @@ def adapter_config(adapter: str | Path) -> LoraConfig:
         f"The adapter in {adapter}",
         "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().",
     )
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of an adapter.
+
+    Attributes:
+        directory: Where it is.
+        trained_on: What the adapter calls its base; empty if it names none.
+        same: Whether it is that one, going by its name.
+    """
+
+    directory: Path
+    trained_on: str
+    same: bool
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell the user if it is another one."""
+        if self.same or not self.trained_on:
+            return None
+        return f"the adapter was trained on {self.trained_on}, not on {self.directory}; its effect may be another."
+
+
+def find_base(model: str | None, adapter: str | Path) -> Base:
+    """The directory of ``model``, or of the base that the adapter names.
+
+    Raises:
+        ValueError: If the adapter cannot be merged, or there is no such base.
+    """
+    trained_on = adapter_config(adapter).base_model_name_or_path or ""
+    if not (model or trained_on):
+        raise ValueError(f"{adapter} does not name its base. Pass --model.")
+    try:
+        directory = resolve_model(model or trained_on)
+    except ValueError as error:
+        if model:
+            raise
+        raise ValueError(f"{error} This is the base that the adapter names; pass --model to name another.") from error
+    same = bool(trained_on) and _last_part(model or trained_on, directory) == _last_part(trained_on, Path(trained_on))
+    return Base(directory, trained_on, same)
+
+
+def _last_part(model: str, directory: Path) -> str:
+    """What remains of a model's name when its directory or organisation changes."""
+    return Path(base_name(model, directory)).name
 
 
 def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, LoraUpdate]:
@@ -209,6 +256,45 @@ class FinetunedWeights:
     def close(self) -> None:
         """Close the files."""
         self.checkpoint.close()
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How the logits of two models differ.
+
+    Attributes:
+        largest: Largest difference of a logit.
+        mean: Mean absolute difference of the logits.
+        kl: Mean KL divergence of the second model's next-token distribution from the first's, in nats.
+    """
+
+    largest: float
+    mean: float
+    kl: float
+
+
+def logit_difference(first: FinetunedWeights, second: FinetunedWeights, ids: Tensor) -> LogitDifference:
+    """Compare the logits of two models of the same shapes.
+
+    Args:
+        first: The reference.
+        second: Another.
+        ids: Tokens int64 [S].
+
+    Raises:
+        ValueError: If their weights differ in names or shapes.
+    """
+    if first.shapes != second.shapes:
+        name = sorted(first.shapes.items() ^ second.shapes.items())[0][0]
+        raise ValueError(
+            f"{second.checkpoint.directory} is no other form of {first.checkpoint.directory}: {name!r} differs."
+        )
+    expected, found = first.logits(ids), second.logits(ids)
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    difference = (found - expected).abs()
+    return LogitDifference(
+        float(difference.max()), float(difference.mean()), float((p.exp() * (p - q)).sum(-1).mean())
+    )  # fmt: skip
 
 
 def _load_before(weight: Callable[[str], Tensor], name: str, tied: bool) -> Callable[[nn.Module, object], None]:
