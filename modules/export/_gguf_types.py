@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _T = GGMLQuantizationType
-_CHUNK = 2**22  # weights converted at a time, so that float32 copies stay at 16 MiB
+_CHUNK = 2**20  # weights converted at a time, so that float32 copies stay at 4 MiB
 
 #: Types whose blocks of 256 only the ``libgguf`` package can write.
 K_QUANTS = (_T.Q2_K, _T.Q3_K, _T.Q4_K, _T.Q5_K, _T.Q6_K)

@@ -9,22 +9,26 @@ Shapes: S tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ._gguf_types import FILE_TYPES
+from ._gguf_architecture import Names, architecture_of
+from ._gguf_types import FILE_TYPES, FileType, convert
 from .weights import FinetunedWeights
 
 #: Questions whose answers are compared: several scripts, digits, code, spaces, and one that is filled up to a few
@@ -196,6 +200,8 @@ class Verified:
         positions: Number of positions that were compared.
         kl: Mean KL divergence of llama.cpp's next-token distribution from the model's, in nats. The 1024 likeliest
             tokens count one by one and the others together.
+        kl_rounded: The same from the model whose weights are rounded to the file's types: what llama.cpp's own
+            arithmetic adds, whatever the types. It tells a fault from quantization.
         top1: Share of the positions at which the likeliest token is the same.
         difference: Largest difference of a log-probability, over tokens that the model gives at least 0.001.
         notes: Differences that are no faults, in sentences.
@@ -203,6 +209,7 @@ class Verified:
 
     positions: int
     kl: float
+    kl_rounded: float
     top1: float
     difference: float
     notes: tuple[str, ...]
@@ -222,7 +229,8 @@ def verify_gguf(
 
     Tokens of texts and chats must be equal, each stop token must end an answer, and the next-token distributions after
     each prompt and along llama.cpp's own greedy answer must agree: in the 16-bit types to rounding and in their
-    likeliest token, in others within the type's bound on the KL divergence.
+    likeliest token; in others with those of the model whose weights are rounded as in the file, and within the type's
+    bound with those of the model itself.
 
     Args:
         path: The GGUF file.
@@ -254,13 +262,13 @@ def verify_gguf(
         ]
         rows = [ids + answer for ids, answer in zip(asked, answers, strict=True)]
         expected = _expected(weights, rows, spans)
+        rounded = _expected(weights, rows, spans, _rounding(path, weights)) if kind.is_quantized else expected
         found = [
             [llama.log_probs(row[: position + 1], min(_LISTED, weights.config.vocab_size)) for position in span]
             for row, span in zip(rows, spans, strict=True)
         ]
-    pairs = [pair for each, ours in zip(found, expected, strict=True) for pair in zip(each, ours, strict=True)]
-    verified = _summary(pairs, tuple(notes))
-    _judge(verified, kind.name, kind.kl_bound, kind.is_quantized, pairs)
+    verified = _summary(found, expected, rounded, tuple(notes))
+    _judge(verified, kind, found, expected)
     return verified
 
 
@@ -326,7 +334,26 @@ def _compare_tokens(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: s
     return ours
 
 
-def _expected(weights: FinetunedWeights, rows: list[list[int]], spans: list[range]) -> list[Tensor]:
+def _rounding(path: str | Path, weights: FinetunedWeights) -> Callable[[str, Tensor], Tensor]:
+    """What a weight becomes when it is stored in the type that it has in the file, which is made anew."""
+    types = {each.name: each.tensor_type for each in GGUFReader(path).tensors}
+    names = Names(architecture_of(weights.config), weights.config.num_hidden_layers)
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        kind = GGMLQuantizationType(types[names(name)])
+        if kind == GGMLQuantizationType.F32:
+            return weight
+        return torch.from_numpy(dequantize(convert(weight, kind, name), kind)).view(weight.shape)
+
+    return rounded
+
+
+def _expected(
+    weights: FinetunedWeights,
+    rows: list[list[int]],
+    spans: list[range],
+    rounded: Callable[[str, Tensor], Tensor] | None = None,
+) -> list[Tensor]:
     """Log-probabilities float32 [positions, V] of each row, short and long rows apart."""
     found: dict[int, Tensor] = {}
     typical = sorted(len(row) for row in rows)[len(rows) // 2]
@@ -337,54 +364,68 @@ def _expected(weights: FinetunedWeights, rows: list[list[int]], spans: list[rang
         width = max(len(rows[i]) for i in group)
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group])
         keep = sorted({position for i in group for position in spans[i]})
-        logits = weights.logits(ids, keep=torch.tensor(keep))
+        logits = weights.logits(ids, keep=torch.tensor(keep), rounded=rounded)
         for row, i in enumerate(group):
             found[i] = logits[row, [keep.index(position) for position in spans[i]]].log_softmax(-1)
     return [found[i] for i in range(len(rows))]
 
 
-def _summary(pairs: list[tuple[tuple[Tensor, Tensor], Tensor]], notes: tuple[str, ...]) -> Verified:
-    kls, same, difference = [], 0, 0.0
-    for (ids, theirs), ours in pairs:
-        listed = ours[ids].double()
-        p, q = listed.exp(), theirs.double().exp()
-        kl = float((p * (listed - theirs.double())).sum())
-        rest_p, rest_q = 1 - float(p.sum()), max(1 - float(q.sum()), 1e-9)
-        kls.append(kl + (rest_p * float(torch.tensor(rest_p / rest_q).log()) if rest_p > 1e-9 else 0.0))
-        same += int(ours.argmax()) == int(ids[0])
-        likely = listed > torch.tensor(1e-3).log()
-        difference = max(difference, float((listed - theirs).abs()[likely].max()) if likely.any() else 0.0)
-    return Verified(len(pairs), max(0.0, sum(kls) / len(kls)), same / len(pairs), difference, notes)
+_Found = list[list[tuple[Tensor, Tensor]]]
+
+
+def _summary(found: _Found, expected: list[Tensor], rounded: list[Tensor], notes: tuple[str, ...]) -> Verified:
+    kls, rounded_kls, same, difference = [], [], 0, 0.0
+    for answer, ours, ours_rounded in zip(found, expected, rounded, strict=True):
+        for (ids, theirs), reference, reference_rounded in zip(answer, ours, ours_rounded, strict=True):
+            kls.append(_kl(reference[ids], theirs))
+            rounded_kls.append(_kl(reference_rounded[ids], theirs))
+            same += int(reference.argmax()) == int(ids[0])
+            likely = reference[ids] > math.log(1e-3)
+            difference = max([difference, *(reference[ids] - theirs).abs()[likely].tolist()])
+    count = len(kls)
+    return Verified(count, sum(kls) / count, sum(rounded_kls) / count, same / count, difference, notes)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> float:
+    """Of the listed tokens, and the others as one; rounding may make it less than 0."""
+    log_p, log_q = log_p.double(), log_q.double()
+    p, q = log_p.exp(), log_q.exp()
+    rest_p, rest_q = max(1 - float(p.sum()), 0.0), max(1 - float(q.sum()), 1e-9)
+    rest = rest_p * math.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0
+    return max(0.0, float((p * (log_p - log_q)).sum()) + rest)
 
 
 #: Largest difference of a log-probability that rounding explains in the types that are not quantized.
 _ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.3}
 
+#: Largest KL divergence that llama.cpp's arithmetic explains, which rounds activations to 8 bits where weights are
+#: quantized.
+_ARITHMETIC_KL = 0.005
 
-def _judge(
-    verified: Verified,
-    file_type: str,
-    kl_bound: float,
-    quantized: bool,
-    pairs: list[tuple[tuple[Tensor, Tensor], Tensor]],
-) -> None:
+
+def _judge(verified: Verified, kind: FileType, found: _Found, expected: list[Tensor]) -> None:
     causes = "A tensor, the rotary embedding or another number of the file is wrong."
-    if not verified.kl <= kl_bound:
-        raise ValueError(
-            f"In llama.cpp the file's next-token distribution has a KL divergence of {verified.kl:.3g} from the "
-            f"model's; {file_type} explains up to {kl_bound:g}. {causes}"
-        )
-    if quantized:
+    bounds = (
+        ("the model's whose weights are rounded as in the file", verified.kl_rounded, _ARITHMETIC_KL, "arithmetic"),
+        ("the model's", verified.kl, kind.kl_bound, kind.name),
+    )
+    for whose, kl, bound, explanation in bounds:
+        if not kl <= bound:
+            raise ValueError(
+                f"In llama.cpp the next-token distribution has a KL divergence of {kl:.3g} nats from {whose}; "
+                f"{explanation} explains up to {bound:g}. {causes}"
+            )
+    if kind.is_quantized:
         return
-    tolerance = _ROUNDING[file_type]
+    tolerance = _ROUNDING[kind.name]
     if not verified.difference <= tolerance:
         raise ValueError(
             f"In llama.cpp a log-probability differs by {verified.difference:.3g} from the model's; rounding to "
-            f"{file_type} explains up to {tolerance:g}. {causes}"
+            f"{kind.name} explains up to {tolerance:g}. {causes}"
         )
-    for (ids, _), ours in pairs:
-        # Of two tokens as likely as each other, rounding chooses.
-        if float(ours.max() - ours[ids[0]]) > 2 * tolerance:
-            raise ValueError(
-                f"llama.cpp's likeliest token {int(ids[0])} is not the model's, {int(ours.argmax())}. {causes}"
-            )
+    for answer, ours in zip(found, expected, strict=True):
+        for (ids, _), reference in zip(answer, ours, strict=True):
+            # Of two tokens as likely as each other, rounding chooses.
+            if float(reference.max() - reference[ids[0]]) > 2 * tolerance:
+                own = int(reference.argmax())
+                raise ValueError(f"llama.cpp's likeliest token {int(ids[0])} is not the model's, {own}. {causes}")

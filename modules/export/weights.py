@@ -227,7 +227,14 @@ class FinetunedWeights:
         return self.updates[name].merged(weight) if name in self.updates else weight
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, *, adapted: bool = True, keep: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        ids: Tensor,
+        *,
+        adapted: bool = True,
+        keep: Tensor | None = None,
+        rounded: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Logits of transformers' own model in float32, whose layers get their weights when they are called and lose
         them after. The adapter is computed beside its layers, not merged.
 
@@ -235,6 +242,7 @@ class FinetunedWeights:
             ids: int64 [S] or [B, S]. Rows that are shorter may be filled up at their end with any token.
             adapted: Whether the adapter takes part.
             keep: The positions whose logits are wanted, int64 [P]; by default all S.
+            rounded: Called with the name of each merged weight and the weight; returns what to compute with instead.
 
         Returns:
             float32 [P, V] or [B, P, V].
@@ -243,11 +251,11 @@ class FinetunedWeights:
             model = family_of(self.config).model_class(self.config).eval().float()
         model.set_attn_implementation("eager")  # the only one of transformers' that caps scores
         restore_buffers(model, torch.device("cpu"))
-        updates = self.updates if adapted else {}
+        updates = self.updates if adapted and rounded is None else {}
+        weight = self.base if rounded is None else lambda name: rounded(name, self.merged(name))
         for name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
-                load = _load_before(self.base, name, self.config.tie_word_embeddings)
-                module.register_forward_pre_hook(load)
+                module.register_forward_pre_hook(_load_before(weight, name, self.config.tie_word_embeddings))
                 module.register_forward_hook(_unload_after(updates.get(f"{name}.weight")))
         batch = ids if ids.ndim == 2 else ids[None]
         logits: Tensor = model(input_ids=batch, use_cache=False, logits_to_keep=0 if keep is None else keep).logits

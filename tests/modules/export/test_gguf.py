@@ -1,134 +1,25 @@
-"""Exported GGUF files compute in a real llama.cpp what transformers computes: families, tokenizers, types, scalings."""
+"""Exported GGUF files compute in a real llama.cpp what transformers computes; what it would not compute is refused."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from torch import nn
-from transformers import PreTrainedTokenizerFast
+from peft import LoraConfig
 
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
-from lightning_qlora.modules.export.gguf import Exported, export_gguf
-from lightning_qlora.modules.export.llama_cpp import LlamaCpp, Verified, verify_gguf
+from lightning_qlora.modules.export import gguf
+from lightning_qlora.modules.export.gguf import export_gguf, export_gguf_adapter
+from lightning_qlora.modules.export.llama_cpp import LlamaCpp, verify_gguf
 from lightning_qlora.modules.export.weights import FinetunedWeights
+from lightning_qlora.modules.hardware import peak_mib
 from lightning_qlora.modules.models.families import FAMILIES
+from tests.modules.export.gguf_models import VOCAB_SIZE, export, save_adapter, value
 
 pytest.importorskip("xllamacpp", reason="needs the extra llama.cpp")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-VOCAB_SIZE = 512
-
-#: What differs from the common tiny shape; each has what its family knows of windows, multipliers, caps and scaling.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-              "attention_bias": True},
-    "mistral": {"sliding_window": 200, "head_dim": 24},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 24},
-    "smollm3": {"num_hidden_layers": 5},
-    "olmo2": {},
-    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
-                "logits_scaling": 2.0},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
-                                 "original_max_position_embeddings": 256}},
-    "gemma2": {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0,
-               "final_logit_softcapping": 3.0},
-    "gemma3_text": {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32, "num_hidden_layers": 7,
-                    "rope_parameters": {
-                        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-}  # fmt: skip
-
-SENTENCEPIECE = {"mistral", "phi3", "gemma2", "gemma3_text"}
-
-
-def save_model(directory: Path, model_type: str, **options: Any) -> Path:
-    """Random weights in float16; norms are not one and biases not zero, so that they matter."""
-    family = FAMILIES[model_type]
-    torch.manual_seed(0)
-    common = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "initializer_range": 0.1,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    model = family.model_class(family.model_class.config_class(**{**common, **SHAPES[model_type], **options}))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, parameter.mean().item() if "norm" in name else 0.0, 0.2)
-    model.half().save_pretrained(directory)
-    return directory
-
-
-def save_sentencepiece(directory: Path, *, prefix: bool) -> None:
-    """What transformers makes of a SentencePiece model: BPE with bytes, its merges all pairs that make a token.
-
-    Args:
-        directory: Where to.
-        prefix: Whether texts begin with a space, as Llama 2's and Mistral's do and Gemma's do not.
-    """
-    texts = ["what is the capital of the land", "write down how   many ships had passed    the lighthouse"] * 5
-    trained = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False)
-    trained.train_from_iterator([text.replace(" ", "\u2581") for text in texts], trainer)
-    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
-    special = ["<unk>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>"]
-    vocab = {text: i for i, text in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), *pieces])}
-    merges = [
-        (text[:cut], text[cut:])
-        for text in pieces
-        for cut in range(1, len(text))
-        if text[:cut] in vocab and text[cut:] in vocab
-    ]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    replace = normalizers.Replace(" ", "\u2581")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prefix else replace
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    # As Gemma's: runs of spaces are tokens of the vocabulary, but also added ones.
-    backend.add_tokens([AddedToken("\u2581\u2581", normalized=False), AddedToken("<tool>", normalized=False)])
-    assert "\u2581\u2581" in vocab
-    template = (
-        "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{{ message['content'] }}"
-        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>",
-        chat_template=template,
-    ).save_pretrained(directory)  # fmt: skip
-
-
-@pytest.fixture
-def model(tiny_llama_dir: Path, tmp_path: Path) -> Callable[..., Path]:
-    """``model(model_type, **options)``: a directory with random weights and a tokenizer of the family's kind."""
-
-    def save(model_type: str, sentencepiece: bool | None = None, **options: Any) -> Path:
-        directory = save_model(tmp_path / "model", model_type, **options)
-        if model_type in SENTENCEPIECE if sentencepiece is None else sentencepiece:
-            save_sentencepiece(directory, prefix=not model_type.startswith("gemma"))
-        else:
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-                shutil.copy(tiny_llama_dir / name, directory)
-        return directory
-
-    return save
-
-
-def value(path: Path, key: str) -> Any:
-    field = GGUFReader(path).get_field(key)
-    return None if field is None else field.contents()
-
-
-def export(directory: Path, file_type: str = "f16", adapter: Path | None = None) -> tuple[Exported, Verified]:
-    weights = FinetunedWeights(directory, adapter)
-    exported = export_gguf(weights, directory / f"{file_type}.gguf", file_type=file_type)
-    verified = verify_gguf(exported.path, weights, load_tokenizer(directory), file_type, exported.stop_tokens)
-    return exported, verified
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -202,3 +93,106 @@ def test_windows_that_llama_cpp_lacks_limit_the_context(model):
         "no attention windows, and this model's are 100 tokens: the context length is set to 100" in exported.notes[0]
     )
     assert value(exported.path, "llama.context_length") == 100
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2"])
+def test_an_adapter_is_merged_and_alone_it_does_the_same(model_type, model):
+    directory = model(model_type)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(FAMILIES[model_type].projections), use_rslora=True,
+        rank_pattern={"o_proj": 2}, alpha_pattern={"down_proj": 3}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapter = save_adapter(directory, lora)
+    exported, merged = export(directory, adapter=adapter)
+    assert exported.adapted == 2 * len(FAMILIES[model_type].projections)
+    assert merged.difference < 0.02
+    base = export_gguf(FinetunedWeights(directory), directory / "base.gguf").path
+    alone = export_gguf_adapter(directory, adapter, directory / "adapter.gguf", base_gguf=base)
+    assert alone.verified is not None
+    assert alone.verified.difference < 0.02
+    assert alone.total_bytes < base.stat().st_size / 4
+    # The adapter matters: without it the same comparison fails.
+    with pytest.raises(ValueError, match=r"In llama\.cpp"):
+        verify_gguf(base, FinetunedWeights(directory, adapter), load_tokenizer(directory), "f16")
+
+
+def test_a_4_bit_base_is_exported_dequantized(tiny_llama_4bit_dir):
+    weights = FinetunedWeights(tiny_llama_4bit_dir)
+    assert weights.is_4bit
+    path = tiny_llama_4bit_dir.parent / "4bit.gguf"
+    assert export_gguf(weights, path, verify=True).verified.difference < 0.02
+
+
+def test_quantized_adapters_are_refused(model):
+    with pytest.raises(ValueError, match="write them as f32, f16 or bf16, not as q8_0"):
+        export_gguf_adapter(model("llama"), "adapter", "a.gguf", file_type="q8_0")
+
+
+# ---------------------------------------------------------------------------------------------------- files and memory
+
+
+def test_what_fails_leaves_nothing(model, monkeypatch):
+    directory = model("qwen2")
+    weights, before = FinetunedWeights(directory), {*directory.iterdir()}
+    output = directory / "m.gguf"
+
+    def interrupt(done: int, total: int) -> None:
+        assert total > done > total / 2 or done < total / 2
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(weights, output, progress=interrupt)
+    assert {*directory.iterdir()} == before
+    usage = shutil.disk_usage(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 2**20))
+        with pytest.raises(ValueError, match=r"needs 0\.00 GiB, but .* has 0\.06 GiB free"):
+            export_gguf(weights, output)
+    assert {*directory.iterdir()} == before
+    output.write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        export_gguf(weights, output)
+    assert output.read_text() == "mine"
+
+
+def test_a_file_that_llama_cpp_answers_wrongly_from_is_not_kept(model, monkeypatch):
+    directory = model("llama")
+    before = {*directory.iterdir()}
+    # q and k as transformers has them, whose rotary pairs are half a head apart.
+    monkeypatch.setattr(gguf, "transformed", lambda architecture, config, name, weight: weight.float())
+    with pytest.raises(ValueError, match="A tensor, the rotary embedding or another number of the file is wrong"):
+        export_gguf(FinetunedWeights(directory), directory / "m.gguf", verify=True)
+    assert {*directory.iterdir()} == before
+
+
+def test_memory_holds_a_tensor_as_it_is_read_and_as_it_is_written(model):
+    directory = model("qwen2", hidden_size=512, intermediate_size=8192, num_hidden_layers=3)
+    weights = FinetunedWeights(directory)
+    tensor = 512 * 8192 * 2 / 2**20
+    assert sum(2 * np.prod(shape) for shape in weights.shapes.values()) / 2**20 > 9 * tensor
+    export_gguf(weights, directory / "first.gguf")  # what is imported and allocated once
+    for file_type in ("f16", "q8_0"):
+        peak = peak_mib(lambda kind=file_type: export_gguf(weights, directory / f"{kind}.gguf", file_type=kind), "cpu")
+        assert peak < 2 * tensor + 30  # a chunk of 2**20 weights in float32, several times in numpy's quantization
+
+
+def test_a_weight_beyond_float16_is_named(model):
+    directory = model("qwen2")
+    weights = FinetunedWeights(directory)
+    base = weights.base
+    weights.base = lambda name: base(name).float() * (1e6 if "down_proj" in name else 1)
+    with pytest.raises(ValueError, match=r"'blk\.0\.ffn_down\.weight' has values .* not finite in F16.*--type bf16"):
+        export_gguf(weights, directory / "m.gguf")
+
+
+def test_tied_embeddings_and_float32_vectors(model):
+    directory = model("qwen2")
+    reader = GGUFReader(export_gguf(FinetunedWeights(directory), directory / "m.gguf").path)
+    tensors = {each.name: each for each in reader.tensors}
+    assert "output.weight" not in tensors
+    assert "blk.0.attn_q.bias" in tensors
+    assert {each.tensor_type.name for each in reader.tensors if len(each.shape) == 1} == {"F32"}
