@@ -149,7 +149,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids
     tokens, types = _tokens(raw, vocab_size, kind, notes)
     stop_tokens = _stop_tokens(tokenizer, eos_ids)
     for token in stop_tokens:
-        types[token] = TokenType.CONTROL
+        if types[token] == TokenType.USER_DEFINED:  # which llama.cpp would write into the answer
+            types[token] = TokenType.CONTROL
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     first = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -399,8 +399,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> float:
 _ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.3}
 
 #: Largest KL divergence that llama.cpp's arithmetic explains, which rounds activations to 8 bits where weights are
-#: quantized.
-_ARITHMETIC_KL = 0.005
+#: quantized: ten times that of SmolLM2-135M.
+_ARITHMETIC_KL = 0.03
 
 
 def _judge(verified: Verified, kind: FileType, found: _Found, expected: list[Tensor]) -> None:

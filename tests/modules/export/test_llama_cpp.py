@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def good(tiny_llama_dir, tmp_path_factory) -> Path:
     """A Llama with scaled rotary embeddings, whose answers end at a token that llama.cpp knows by its key alone."""
-    directory = save_model(tmp_path_factory.mktemp("good"), "llama")
+    directory = save_model(tmp_path_factory.mktemp("good"), "llama", initializer_range=0.2)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         text = (tiny_llama_dir / name).read_text().replace("<|im_end|>", "<|answered|>")
         (directory / name).write_text(text.replace('"eos_token": "<|answered|>"', '"eos_token": "<|endoftext|>"'))
