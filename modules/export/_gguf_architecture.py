@@ -208,6 +208,8 @@ def _check(architecture: Architecture, config: PretrainedConfig) -> None:
 def _context_length(writer: GGUFWriter, architecture: Architecture, config: PretrainedConfig, notes: list[str]) -> int:
     """Tokens for which llama.cpp computes what the model computes; writes the windows that it knows."""
     windows, context = layer_windows(config), int(config.max_position_embeddings)
+    if architecture.name == "phi3":
+        writer.add_sliding_window(0)  # without the key, some versions of llama.cpp assume Phi-3-mini's
     window = next((each for each in windows if each), None)
     if window is None:
         if architecture.window_period is not None:
@@ -254,10 +256,9 @@ def _write_rope(writer: GGUFWriter, architecture: Architecture, config: Pretrain
     unscaled = 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
     if kind == "llama3":
         return {"rope_freqs.weight": unscaled / frequencies}
-    original = rope.get("original_max_position_embeddings")
     if kind == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_orig_ctx_len(int(original))
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         writer.add_rope_scaling_attn_factors(float(attention_factor))
         return {
             f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
@@ -273,7 +274,7 @@ def _write_rope(writer: GGUFWriter, architecture: Architecture, config: Pretrain
     factor = float(rope["factor"])
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
-    writer.add_rope_scaling_orig_ctx_len(int(original))
+    writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     # llama.cpp multiplies by 1 + 0.1 ln(factor) itself.
     attention_factor /= 1 + 0.1 * math.log(factor)
     if abs(attention_factor - 1) > 1e-6:

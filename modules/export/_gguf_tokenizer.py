@@ -146,7 +146,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids
             "SentencePiece's BPE (Llama 2, Mistral, Gemma, Phi-3) can be exported."
         )
     kind, pre = _kind(tokenizer, raw)
-    tokens, types = _tokens(raw, vocab_size, kind, notes)
+    tokens, types = _tokens(raw, vocab_size, kind, tokenizer.unk_token, notes)
     stop_tokens = _stop_tokens(tokenizer, eos_ids)
     for token in stop_tokens:
         if types[token] == TokenType.USER_DEFINED:  # which llama.cpp would write into the answer
@@ -218,8 +218,9 @@ def _kind(tokenizer: PreTrainedTokenizerBase, raw: dict[str, Any]) -> tuple[str,
     return "gpt2", _SPLITS[key]
 
 
-def _tokens(raw: dict[str, Any], vocab_size: int, kind: str, notes: list[str]) -> tuple[list[str], list[int]]:
-    unk = raw["model"].get("unk_token")
+def _tokens(
+    raw: dict[str, Any], vocab_size: int, kind: str, unk: str | None, notes: list[str]
+) -> tuple[list[str], list[int]]:
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
     beyond = []
     for text, number in raw["model"]["vocab"].items():
