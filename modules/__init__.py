@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .checkpoints import resolve_model
     from .data import ChatDataModule
     from .distributed import FSDP2Strategy, build_strategy
-    from .export import merge_adapter
+    from .export import export_gguf, merge_adapter
     from .lora import default_lora, save_adapter
     from .losses import cross_entropy, linear_loss
     from .quantization import NF4Linear, quantize_linears
@@ -25,6 +25,7 @@ __all__ = [
     "build_strategy",
     "cross_entropy",
     "default_lora",
+    "export_gguf",
     "linear_loss",
     "losses",
     "merge_adapter",

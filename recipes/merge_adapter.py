@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 
-from lightning_qlora.modules.checkpoints.resolve import base_name, resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
-from lightning_qlora.modules.export.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.export.merge import merge_adapter
+from lightning_qlora.modules.export.weights import find_base
 from lightning_qlora.modules.training.run_directory import RunDirectory
 
 
@@ -46,18 +46,15 @@ def main(
         check: Compare logits before the result is kept; reads all weights three more times.
         prompt: Text whose logits are compared.
     """
-    trained_on = read_base_name(adapter)
-    if not (model or trained_on):
-        raise ValueError(f"{adapter} does not name its base. Pass --model.")
     try:
-        base = resolve_model(model or trained_on)
+        found = find_base(model, adapter)
     except ValueError as error:
-        if model:
-            raise
-        raise ValueError(f"{error} This is the base that the adapter names; pass --model to name another.") from error
-    same = bool(trained_on) and name_of(model or trained_on, base) == name_of(trained_on, Path(trained_on))
-    if trained_on and not same:
-        print(f"warning: the adapter was trained on {trained_on}, not on {model}; its effect may be another.")
+        if meant := RunDirectory.adapter_meant_by(adapter):
+            raise ValueError(f"{error} Did you mean {meant}?") from error
+        raise
+    base, same = found.directory, found.same
+    if found.warning:
+        print(f"warning: {found.warning}")
     check_ids = torch.tensor(load_tokenizer(base)(prompt)["input_ids"]) if check else None
     if check_ids is not None and not len(check_ids):
         raise ValueError("--prompt has no tokens, so no logits can be compared. Give a text, or pass --check=false.")
@@ -81,27 +78,6 @@ def main(
             f"{merged.parity.tolerance:.2g}, for rounding); the adapter moves them by up to "
             f"{merged.parity.adapter_effect:.2g}."
         )
-
-
-def read_base_name(adapter: Path) -> str:
-    """The base that an adapter names, or an empty string.
-
-    Raises:
-        ValueError: If it cannot be merged; of a run's directory or checkpoint, naming the adapter that belongs to it.
-    """
-    try:
-        return adapter_config(adapter).base_model_name_or_path or ""
-    except ValueError as error:
-        run = RunDirectory(adapter.parent.parent if adapter.suffix == ".ckpt" else adapter)
-        for other in (run.adapters / adapter.stem.removeprefix("interrupted-"), run.adapter):
-            if (other / "adapter_config.json").is_file():
-                raise ValueError(f"{error} Did you mean {other}?") from error
-        raise
-
-
-def name_of(model: str, directory: Path) -> str:
-    """What remains of a model's name when its directory or organisation changes."""
-    return Path(base_name(model, directory)).name
 
 
 if __name__ == "__main__":

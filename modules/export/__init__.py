@@ -1,12 +1,24 @@
-"""Models out: an adapter merged into its base."""
+"""Models out: an adapter merged into its base, and GGUF files for llama.cpp."""
 
 from typing import TYPE_CHECKING
 
 from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
+    from .gguf import Exported, export_gguf, export_gguf_adapter
+    from .llama_cpp import Verified, verify_gguf
     from .merge import Merged, merge_adapter
+    from .weights import FinetunedWeights
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
-__all__ = ["Merged", "merge_adapter"]
+__all__ = [
+    "Exported",
+    "FinetunedWeights",
+    "Merged",
+    "Verified",
+    "export_gguf",
+    "export_gguf_adapter",
+    "merge_adapter",
+    "verify_gguf",
+]

@@ -23,8 +23,10 @@ def default_lora(
     )
 
 
-def read_adapter_config(directory: str | Path) -> LoraConfig:
-    """The configuration of a plain LoRA adapter in peft's format.
+def read_adapter_config(
+    directory: str | Path, remedy: str = "Nothing else is trained here: continue from a plain LoRA adapter."
+) -> LoraConfig:
+    """The configuration of a plain LoRA adapter in peft's format; ``remedy`` is what to do about another one.
 
     Raises:
         ValueError: If there is none, it is damaged, or it is not plain LoRA (see :func:`check_plain_lora`).
@@ -36,9 +38,7 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
-    return check_plain_lora(
-        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter."
-    )
+    return check_plain_lora(config, f"The adapter in {directory}", remedy)
 
 
 def adapter_lora(directory: str | Path, dropout: float = 0.0) -> LoraConfig:

@@ -149,6 +149,13 @@ class RunDirectory:
         """The adapter of each checkpoint, in ``step=N/``."""
         return self.root / "adapters"
 
+    @staticmethod
+    def adapter_meant_by(path: Path) -> Path | None:
+        """The adapter of a run, if ``path`` is the run's directory or one of its checkpoints and it has one."""
+        run = RunDirectory(path.parent.parent if path.suffix == ".ckpt" else path)
+        candidates = (run.adapters / path.stem.removeprefix("interrupted-"), run.adapter)
+        return next((each for each in candidates if (each / "adapter_config.json").is_file()), None)
+
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step, the newest among equals."""
         found = [

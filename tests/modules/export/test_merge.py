@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.export import merge
-from lightning_qlora.modules.export.merge import adapter_config, merge_adapter
+from lightning_qlora.modules.export.merge import merge_adapter
+from lightning_qlora.modules.export.weights import FinetunedWeights, LoraUpdate, adapter_config
 from lightning_qlora.modules.lora.adapter_files import save_adapter
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.models.build import build_model, materialize
@@ -148,7 +149,7 @@ def test_parity_is_of_the_size_of_rounding(tiny_llama_dir, adapter, tmp_path):
     ids=["forgotten", "scaled"],
 )
 def test_both_checks_find_a_wrong_merge_and_keep_nothing(wrong, tiny_llama_dir, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge._Update, "merged", wrong)
+    monkeypatch.setattr(LoraUpdate, "merged", wrong)
     with pytest.raises(ValueError, match=r"The merged '.*' differs"):
         merge_adapter(tiny_llama_dir, adapter, tmp_path / "out" / "merged", check_ids=IDS)
     monkeypatch.setattr(merge, "_check_layer", lambda *_: None)  # as if the fault were in a layer between
@@ -163,12 +164,12 @@ def test_a_base_that_is_misread_is_found_by_another_reader(
     form, name, tiny_llama_dir, tiny_llama_4bit_dir, adapter, tmp_path, monkeypatch
 ):
     """Both sides of the logits' check would read it alike."""
-    read = merge._BaseWeights.dense
+    read = FinetunedWeights.base
 
     def misread(self: Any, wanted: str) -> Tensor:
         return read(self, wanted) * (1.01 if wanted == name else 1)
 
-    monkeypatch.setattr(merge._BaseWeights, "dense", misread)
+    monkeypatch.setattr(FinetunedWeights, "base", misread)
     directory = tiny_llama_dir if form == "16-bit" else tiny_llama_4bit_dir
     with pytest.raises(ValueError, match=f"merged '{name}' differs by up to .* from what transformers reads"):
         merge_adapter(directory, adapter, tmp_path / "out" / "merged", dtype=torch.float32, check_ids=IDS)
