@@ -37,7 +37,7 @@ def read_adapter_config(
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
+        raise ValueError(f"The adapter in {directory} is damaged: {path.name}: {error}.") from error
     return check_plain_lora(config, f"The adapter in {directory}", remedy)
 
 

@@ -31,7 +31,7 @@ from ..distributed.collectives import all_reduce_sum, gather_objects
 from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
 from ..hardware import compute_dtype
 from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
-from ..lora.config import check_lora, default_lora, with_targets
+from ..lora.config import adapter_lora, check_lora, default_lora, with_targets
 from ..models.build import build_model, materialize
 from ..models.causal_lm import QLoRAForCausalLM
 from ..models.decoder_layer import CheckpointChoice
@@ -86,7 +86,8 @@ class QLoRAModule(L.LightningModule):
     Args:
         model_dir: A transformers directory of a model of a known family (``models/families.py``) with safetensors,
             16-bit or bitsandbytes 4-bit.
-        lora: Adapters; default :func:`~lightning_qlora.modules.lora.config.default_lora`.
+        lora: Adapters. Default: those of ``init_adapter``, or
+            :func:`~lightning_qlora.modules.lora.config.default_lora`.
         learning_rate: Peak of the schedule.
         warmup_steps: Steps of linear warm-up.
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
@@ -132,7 +133,9 @@ class QLoRAModule(L.LightningModule):
             raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
         self.model_dir = Path(model_dir)
         config = load_config(self.model_dir)
-        self.lora = with_targets(check_lora(lora or default_lora()), family_of(config).projections)
+        if lora is None:
+            lora = default_lora() if init_adapter is None else adapter_lora(init_adapter)
+        self.lora = with_targets(check_lora(lora), family_of(config).projections)
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay = weight_decay
         layer_windows(config, compute.sliding_window)  # refuses what does not go together

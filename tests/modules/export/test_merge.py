@@ -203,7 +203,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     [
         (shutil.rmtree, "holds no LoRA adapter of peft: adapter_config.json is missing"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
-        (lambda d: (d / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged: adapter_config.json"),
         (lambda d: change_config(d, peft_type="IA3"), "is a .*IA3 adapter"),
         (lambda d: change_config(d, use_dora=True), "use_dora=True, which is more than a product"),
         (lambda d: change_config(d, bias="all"), "bias='all', which is more"),
