@@ -51,6 +51,7 @@ def test_notebook_runs_to_its_end(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(TORCH is None, reason="INSTALL_TORCH names no torch to install, as in 'torch==2.11.0+cpu'")
 def test_the_install_cell_keeps_the_torch_that_is_there(tmp_path: Path) -> None:
     """A new environment with a torch that constraints.txt does not name. Installs from pip's index for minutes."""
