@@ -71,7 +71,10 @@ def test_the_install_cell_keeps_the_torch_that_is_there(tmp_path: Path) -> None:
     # In the process that installs, as in a notebook.
     then = "\nimport lightning_qlora.callbacks\nprint(lightning_qlora.callbacks.load_report)"
     code = f"from pathlib import Path\n{cell}{then}"
-    result = subprocess.run([python, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where the package may be
+    result = subprocess.run(
+        [python, "-c", code], cwd=repository, env=variables, capture_output=True, text=True, check=False
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     after = installed(python)
     assert {name: after[name] for name in KEPT if name in before} == {n: before[n] for n in KEPT if n in before}
