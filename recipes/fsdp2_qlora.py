@@ -163,6 +163,7 @@ def main(
     trainer.fit(module, data, ckpt_path=checkpoint)
     files.release()
     if trainer.is_global_zero and not stop.exit_code:
+        print(f"To talk to it: python recipes/chat.py --adapter {files.adapter}")
         export = f"python recipes/export_gguf.py --adapter {files.adapter} --type q8_0 --output {files.root}/model.gguf"
         print(f"To run it in llama.cpp: {export}", flush=True)
     return stop.exit_code
