@@ -115,8 +115,8 @@ class FileType:
         id: ``general.file_type``.
         rule: The type of a matrix by its place.
         kl_bound: Largest mean KL divergence from the unquantized model, in nats per token, that is taken for
-            quantization and not for a fault. Ten times what SmolLM2-135M shows, a model smaller and hence more
-            sensitive than others.
+            quantization and not for a fault: several times that of SmolLM2-135M, which is smaller and hence more
+            sensitive than other models.
     """
 
     name: str
@@ -139,9 +139,9 @@ FILE_TYPES: dict[str, FileType] = {
     each.name: each
     for each in (
         FileType("f32", LlamaFileType.ALL_F32, _plain(_T.F32), 1e-4),
-        FileType("f16", LlamaFileType.MOSTLY_F16, _plain(_T.F16), 1e-4),
-        FileType("bf16", LlamaFileType.MOSTLY_BF16, _plain(_T.BF16), 1e-3),
-        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, _plain(_T.Q8_0), 0.02),
+        FileType("f16", LlamaFileType.MOSTLY_F16, _plain(_T.F16), 1e-3),
+        FileType("bf16", LlamaFileType.MOSTLY_BF16, _plain(_T.BF16), 0.01),
+        FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, _plain(_T.Q8_0), 0.04),
         FileType("q4_0", LlamaFileType.MOSTLY_Q4_0, _plain(_T.Q4_0, _T.Q8_0), 1.5),
         FileType("q4_1", LlamaFileType.MOSTLY_Q4_1, _plain(_T.Q4_1, _T.Q8_0), 1.0),
         FileType("q5_0", LlamaFileType.MOSTLY_Q5_0, _plain(_T.Q5_0, _T.Q8_0), 0.5),

@@ -112,9 +112,10 @@ class Run:
 
 
 def train(flags: Mapping[str, object]) -> Report:
-    """Run to the end and return the report."""
+    """Run to the end, where it names the next command, and return the report."""
     with Run(flags) as run:
         assert run.wait() == 0, run.text
+    assert f"python recipes/export_gguf.py --adapter {flags['output_dir']}/adapter --type" in run.text
     return completed(flags)
 
 
