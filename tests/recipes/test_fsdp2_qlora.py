@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from lightning_qlora.callbacks.report import Report, load_report, write_json
+from lightning_qlora.callbacks.report import load_report, write_json
 from lightning_qlora.modules import hardware
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
@@ -35,7 +35,6 @@ from tests.recipes.runs import (
     Run,
     arguments,
     checkpoints,
-    completed,
     difference,
     on,
     recipe_module,
