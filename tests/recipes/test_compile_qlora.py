@@ -27,14 +27,14 @@ def recipe(one_thread: None) -> ModuleType:
 @pytest.fixture
 def compare(
     recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> Callable[[str], tuple[dict[str, Any], list[str]]]:
-    """``compare(precision)``: the comparison, with its runs in this process; returns the report and the lines printed.
+) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    """``compare(**flags)``: the comparison, with its runs in this process; returns the report and the lines printed.
 
     ``.ci/run`` has the recipe start processes.
     """
 
-    def run(precision: str) -> tuple[dict[str, Any], list[str]]:
-        flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path, "precision": precision}
+    def run(**changes: Any) -> tuple[dict[str, Any], list[str]]:
+        flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path} | changes
         caches: list[str] = []
 
         def run_here(flag: str, run: str, TORCHINDUCTOR_CACHE_DIR: str, TRITON_CACHE_DIR: str) -> int:
@@ -53,7 +53,7 @@ def compare(
 
 
 def test_compiled_and_uncompiled_runs_side_by_side(compare: Callable[..., Any], tmp_path: Path) -> None:
-    report, printed = compare("32-true")
+    report, printed = compare(precision="32-true")
     uncompiled, compiled = report["runs"]
     assert (uncompiled["run"], compiled["run"]) == ("off", "default")
     losses = report["losses"]["off"]
@@ -71,7 +71,7 @@ def test_compiled_and_uncompiled_runs_side_by_side(compare: Callable[..., Any], 
 
 
 def test_16_bits_are_judged_by_their_distance_from_float32(compare: Callable[..., Any], tmp_path: Path) -> None:
-    report, printed = compare("bf16-mixed")
+    report, printed = compare(precision="bf16-mixed", backend="eager", max_steps=4)
     assert report["precision"] == "bf16-mixed"
     assert [each["run"] for each in report["runs"]] == ["off", "float32", "default"]
     uncompiled, exact, compiled = report["runs"]

@@ -23,7 +23,7 @@ def test_padded_and_packed_runs_side_by_side(
     recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     flags: dict[str, Any] = {
-        "model": str(tiny_llama_dir), "lengths": [800, 400], "tokens": 1600, "batch_size": 2, "max_steps": 4,
+        "model": str(tiny_llama_dir), "lengths": [800, 400], "tokens": 1600, "batch_size": 2, "max_steps": 2,
         "precision": "32-true", "lora_r": 4, "output_dir": tmp_path,
     }  # fmt: skip
     if torch.cuda.is_available():
@@ -40,7 +40,7 @@ def test_padded_and_packed_runs_side_by_side(
     rows = int(first["run"].removeprefix("padded "))
     assert 1600 / 356 < rows < 1600 / 107
     assert [second["run"], *(run["run"] for run in packed)] == ["padded 2", "sdpa 400", "sdpa 800"]
-    assert len(set(report["losses"][first["run"]])) == 4
+    assert len(set(report["losses"][first["run"]])) == 2
     assert first["speed-up"] == 1
     printed = capsys.readouterr().out
     for run in report["runs"]:
