@@ -87,10 +87,11 @@ def all_ranks() -> Iterator[RankPools]:
 
 @pytest.fixture(scope="module")
 def ranks(all_ranks: RankPools) -> Iterator[RankPools]:
-    """Groups of worker processes. Those of one and two ranks on the CPU stay for the next module that asks for them."""
+    """Worker processes. The first two on the CPU stay for the next module that asks for them."""
     yield all_ranks
     # An idle rank holds 0.6 GB of memory, and on a GPU its CUDA context too.
-    all_ranks.end(lambda world_size, device: world_size > 2 or device != "cpu")
+    all_ranks.shrink("cpu", 2)
+    all_ranks.shrink("cuda", 0)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.runs import ACCUMULATE, STEPS, Flags, on, train
+from tests.distributed import RankPools
+from tests.recipes.runs import ACCUMULATE, STEPS, Flags, on, train_in_pool
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +40,8 @@ def flags(tiny_llama_dir: Path, chats: Path) -> Flags:
 
 
 @pytest.fixture(scope="session")
-def whole(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(all_ranks: RankPools, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run on two devices that nothing interrupted. Read only."""
     output_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(flags | on(2, output_dir))
+    train_in_pool(all_ranks, 2, flags | on(2, output_dir))
     return output_dir

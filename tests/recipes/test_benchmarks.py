@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -16,8 +18,8 @@ import pytest
 import torch
 
 from lightning_qlora.modules.checkpoints.random_weights import SHAPES, write_random_checkpoint
-from lightning_qlora.modules.cli import flags_of
-from tests.recipes.runs import call
+from lightning_qlora.modules.cli import flags_of, run_recipe
+from tests.recipes.runs import arguments, call
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -42,12 +44,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- train_step.py
 
 
-def run(checkpoints: Path, results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "train_step.py"), f"--checkpoints={checkpoints}"]
-    command += [f"--results={results}", "--shape=tiny", "--warmup=2", "--steps=3", "--lora_r=4", *flags]
-    # No GPU, so that peers compute what is computed here wherever the test runs.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+FLAGS = {"shape": "tiny", "warmup": 2, "steps": 3, "lora_r": 4}
+
+
+def run_here(flags: dict[str, Any]) -> str:
+    """The benchmark in this process, which is a rank of a pool and sees no GPU; returns what it prints."""
+    sys.path.insert(0, str(BENCHMARKS))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run_recipe(import_module("train_step").main, arguments(flags)) == 0
+    return printed.getvalue()
 
 
 def record(results: Path) -> dict[str, Any]:
@@ -55,10 +61,10 @@ def record(results: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_ours_and_its_peer_do_the_same_work_and_share_a_record(checkpoints, tmp_path):
-    for flags in (["--profile", "--commit=a"], ["--peer=hf", "--commit=a"]):
-        done = run(checkpoints, tmp_path, "--precision=32-true", *flags)
-        assert done.returncode == 0, done.stderr
+def test_ours_and_its_peer_do_the_same_work_and_share_a_record(ranks, checkpoints, tmp_path):
+    common = FLAGS | {"checkpoints": checkpoints, "results": tmp_path, "precision": "32-true", "commit": "a"}
+    for flags in ({"profile": True}, {"peer": "hf"}):
+        ranks.run(1, "cpu", run_here, common | flags)
     found = record(tmp_path)
     assert [row[0] for row in found["rows"]] == ["lightning-qlora fsdp2", "transformers + peft"]
     assert all(len(row) == len(found["columns"]) for row in found["rows"])
@@ -80,13 +86,13 @@ def test_ours_and_its_peer_do_the_same_work_and_share_a_record(checkpoints, tmp_
     assert "lightning_qlora::dequantize_4bit" in profile.read_text()
 
 
-def test_two_processes_report_both_and_replace_rows_of_another_commit(checkpoints, tmp_path):
+def test_two_processes_report_both_and_replace_rows_of_another_commit(ranks, checkpoints, tmp_path):
     (tmp_path / "train_step.json").write_text(
         json.dumps({"device": "", "versions": {}, "commit": "old", "rows": [[1]], "runs": {}})
     )
-    done = run(checkpoints, tmp_path, "--devices=2", "--precision=bf16-mixed", "--commit=new", "--quantized=false")
-    assert done.returncode == 0, done.stderr
-    assert "its 1 rows are replaced" in done.stdout
+    flags = {"devices": 2, "precision": "bf16-mixed", "commit": "new", "quantized": False}
+    printed, _ = ranks.run(2, "cpu", run_here, FLAGS | {"checkpoints": checkpoints, "results": tmp_path} | flags)
+    assert "its 1 rows are replaced" in printed
     (row,) = record(tmp_path)["rows"]
     assert row[:6] == ["lightning-qlora fsdp2, 16-bit checkpoint", "tiny", "bf16-mixed", 2, "2 x 32", 4]
     (figures,) = record(tmp_path)["runs"].values()
@@ -96,7 +102,17 @@ def test_two_processes_report_both_and_replace_rows_of_another_commit(checkpoint
 
 @pytest.mark.slow
 def test_a_peer_on_two_processes_trains_under_ddp(checkpoints, tmp_path):
-    done = run(checkpoints, tmp_path, "--devices=2", "--precision=32-true", "--peer=hf")
+    flags = FLAGS | {
+        "checkpoints": checkpoints,
+        "results": tmp_path,
+        "devices": 2,
+        "precision": "32-true",
+        "peer": "hf",
+    }
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *arguments(flags)]
+    # No GPU, so that the peer computes what is computed here wherever the test runs.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (figures,) = record(tmp_path)["runs"].values()
     assert len(figures["load_s"]) == 2

@@ -1,10 +1,8 @@
-"""The recipe from its command line, with a tiny Llama, and what it does on a GPU, in small."""
+"""The recipe with a tiny Llama and a small vocabulary, and what it does on a GPU, in small."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.runs import RECIPES, recipe_module
+from lightning_qlora.modules.cli import run_recipe
+from tests.recipes.runs import arguments, recipe_module
 
-RECIPE = RECIPES / "chunked_loss.py"
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(RECIPE), *arguments], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def recipe(one_thread: None) -> ModuleType:
+    return recipe_module("chunked_loss")
 
 
 def assert_same_losses(plain: list[float], chunked: list[float]) -> None:
@@ -27,27 +25,24 @@ def assert_same_losses(plain: list[float], chunked: list[float]) -> None:
     assert max(abs(a - b) / a for a, b in zip(plain, chunked, strict=True)) < 1e-5
 
 
-def test_report_says_that_nothing_changes_but_the_memory(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    done = run(
-        f"--model={tiny_llama_dir}", f"--output_dir={tmp_path}", "--max_steps=3", "--seq_len=32", "--most_tokens=1024"
-    )
-    assert done.returncode == 0, done.stderr
+def test_report_says_that_nothing_changes_but_the_memory(
+    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(recipe.SIZES, "cpu", (32768, 64, torch.float32))
+    flags = {"model": tiny_llama_dir, "output_dir": tmp_path, "max_steps": 3, "seq_len": 32, "most_tokens": 1024}
+    assert run_recipe(recipe.main, arguments(flags)) == 0
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["differences"]) == 8
     for name, figures in report["differences"].items():
         assert len(figures) == 3
         assert max(figures) < 1e-5, name
-        assert name in done.stdout
+        assert name in printed
     memory = report["peak_mib"]
     assert memory["tokens"] == [128, 256, 512, 1024]
     assert 0 < memory["chunked"][-1] < 0.5 * memory["plain"][-1]
     assert_same_losses(*(report["finetune"][name]["losses"] for name in ("plain", "chunked")))
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    return recipe_module("chunked_loss")
 
 
 def test_without_a_directory_both_kinds_of_model_start_from_the_same_weights(

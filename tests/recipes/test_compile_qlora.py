@@ -1,11 +1,9 @@
-"""The recipe with a tiny Llama and a backend that generates no code: its comparison from the command line."""
+"""The recipe with a tiny Llama and a backend that generates no code: its comparison, in one process."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.recipes.runs import RECIPES, call, recipe_module
+from tests.recipes.runs import call, recipe_module
 
-RECIPE = RECIPES / "compile_qlora.py"
 FLAGS: dict[str, Any] = {"backend": "aot_eager_decomp_partition", "seq_len": 20, "lora_r": 4, "max_steps": 8}
 
 
@@ -27,14 +24,36 @@ def recipe(one_thread: None) -> ModuleType:
     return recipe_module("compile_qlora")
 
 
-def test_compiled_and_uncompiled_runs_side_by_side(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    flags = FLAGS | {"model": tiny_llama_dir, "output_dir": tmp_path}
-    command = [sys.executable, str(RECIPE), *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
+@pytest.fixture
+def compare(
+    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Callable[..., tuple[dict[str, Any], list[str]]]:
+    """``compare(**flags)``: the comparison, with its runs in this process; returns the report and the lines printed.
+
+    ``.ci/run`` has the recipe start processes.
+    """
+
+    def run(**changes: Any) -> tuple[dict[str, Any], list[str]]:
+        flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path} | changes
+        caches: list[str] = []
+
+        def run_here(flag: str, run: str, TORCHINDUCTOR_CACHE_DIR: str, TRITON_CACHE_DIR: str) -> int:
+            assert flag == "--run"
+            caches.append(TORCHINDUCTOR_CACHE_DIR)
+            torch._dynamo.reset()  # a process of its own would have compiled nothing yet
+            return call(recipe, **flags, run=run)
+
+        monkeypatch.setattr(recipe, "run_again", run_here)
+        assert call(recipe, **flags) == 0
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert len(set(caches)) == len(report["runs"])  # each run compiles anew
+        return report, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_compiled_and_uncompiled_runs_side_by_side(compare: Callable[..., Any], tmp_path: Path) -> None:
+    report, printed = compare(precision="32-true")
     uncompiled, compiled = report["runs"]
     assert (uncompiled["run"], compiled["run"]) == ("off", "default")
     losses = report["losses"]["off"]
@@ -45,30 +64,14 @@ def test_compiled_and_uncompiled_runs_side_by_side(tiny_llama_dir: Path, tmp_pat
     # In training rotary embedding, layer, layer for single samples, last norm; in validation layer.
     assert (compiled["graphs"], compiled["graph_breaks"]) == (5, 0)
     assert compiled["compile_s"] > 0
-    assert f"{compiled['last loss']:.5g}" in done.stdout.splitlines()[-3]
-    assert done.stdout.splitlines()[-1].startswith("Losses agree: difference of ")
+    assert f"{compiled['last loss']:.5g}" in printed[-3]
+    assert printed[-1].startswith("Losses agree: difference of ")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "default" / "report.html").is_file()
 
 
-@pytest.mark.slow
-def test_16_bits_are_judged_by_their_distance_from_float32(
-    recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    flags = FLAGS | {"model": str(tiny_llama_dir), "output_dir": tmp_path, "precision": "bf16-mixed"}
-
-    caches = set[str]()
-
-    def run_here(flag: str, run: str, TORCHINDUCTOR_CACHE_DIR: str, TRITON_CACHE_DIR: str) -> int:
-        assert flag == "--run"
-        caches.add(TORCHINDUCTOR_CACHE_DIR)
-        torch._dynamo.reset()  # a process of its own would have compiled nothing yet
-        return call(recipe, **flags, run=run)
-
-    monkeypatch.setattr(recipe, "run_again", run_here)
-    assert call(recipe, **flags) == 0
-    assert len(caches) == 3  # each run compiles anew
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_16_bits_are_judged_by_their_distance_from_float32(compare: Callable[..., Any], tmp_path: Path) -> None:
+    report, printed = compare(precision="bf16-mixed", backend="eager", max_steps=4)
     assert report["precision"] == "bf16-mixed"
     assert [each["run"] for each in report["runs"]] == ["off", "float32", "default"]
     uncompiled, exact, compiled = report["runs"]
@@ -76,7 +79,7 @@ def test_16_bits_are_judged_by_their_distance_from_float32(
     assert 1e-5 < uncompiled["mean diff."] < 1e-2
     assert exact["difference"] == 0
     assert compiled["mean diff."] == pytest.approx(uncompiled["mean diff."])  # the same operators in the same order
-    assert f"rounding explains {2 * uncompiled['mean diff.']:.2g}." in capsys.readouterr().out.splitlines()[-1]
+    assert f"rounding explains {2 * uncompiled['mean diff.']:.2g}." in printed[-1]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_losses_that_differ_by_more_than_rounding_are_a_failure(
 
 
 def test_attention_and_window_are_those_asked_for(recipe: ModuleType, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    flags = FLAGS | {"model": str(tiny_llama_dir), "run": "off"}
+    flags = FLAGS | {"model": str(tiny_llama_dir), "run": "off", "max_steps": 2}
     for window in (5, 1000):
         given = {"attention": "sdpa", "sliding_window": window, "output_dir": tmp_path / str(window)}
         assert call(recipe, **flags, **given) == 0

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from lightning_qlora.callbacks.report import Report, load_report, write_json
+from lightning_qlora.callbacks.report import load_report, write_json
 from lightning_qlora.modules import hardware
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
@@ -35,20 +35,14 @@ from tests.recipes.runs import (
     Run,
     arguments,
     checkpoints,
-    completed,
     difference,
     on,
     recipe_module,
-    train,
+    run_here,
+    train_in_pool,
 )
 
 # --------------------------------------------------------------------------------------------------------------- parity
-
-
-def train_in_pool(ranks: RankPools, devices: int, flags: Flags) -> Report:
-    """As ``train()``, with the ranks of a pool instead of the processes that the command line starts."""
-    assert ranks.run(devices, "cpu", run_here, flags) == [0] * devices
-    return completed(flags)
 
 
 def write_stock_adapter(model_dir: Path, directory: Path, r: int) -> Path:
@@ -133,7 +127,7 @@ def test_two_devices_train_as_one_and_as_stock_libraries(
 ) -> None:
     model_dir = tiny_llama_dirs["aligned"]  # bitsandbytes' CPU kernel is wrong for rows that are not whole blocks
     adapter = write_stock_adapter(model_dir, tmp_path / "adapter", r=4)
-    flags = flags | {"model": model_dir, "init_adapter": adapter}
+    flags = flags | {"model": model_dir, "init_adapter": adapter, "max_steps": 12}  # three epochs
     two, one = (train_in_pool(ranks, n, flags | on(n, tmp_path / f"{n}")) for n in (2, 1))
     stock = stock_losses(model_dir, adapter, flags)
     to_one, to_stock = difference(two["losses"], one["losses"]), difference(two["losses"], stock)
@@ -189,17 +183,20 @@ def test_a_base_model_learns_a_format_that_goes_into_the_merged_model(
 
 
 @pytest.mark.slow
-def test_the_demo_model_trains_as_in_stock_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_model_trains_as_in_stock_libraries(
+    ranks: RankPools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = resolve_model(DEMO_MODEL)
-    cards = stdlib_api_cards()[:20]
+    cards = stdlib_api_cards()[:GLOBAL_BATCH]  # the same in each step, so that two updates are seen to teach them
     dataset = tmp_path / "cards.jsonl"
     dataset.write_text("".join(json.dumps(card) + "\n" for card in cards))
     adapter = write_stock_adapter(directory, tmp_path / "adapter", r=8)
     flags: Flags = {
-        "model": DEMO_MODEL, "dataset": dataset, "max_steps": 5, "accumulate": 1, "seq_len": 96, "precision": "32-true",
-        "lr": 1e-3, "lora_r": 8, "lora_alpha": 16, "seed": 3, "init_adapter": adapter, "prompt": "Hi",
+        "model": DEMO_MODEL, "dataset": dataset, "max_steps": 3, "accumulate": 1, "seq_len": 96, "precision": "32-true",
+        "lr": 1e-3, "lora_r": 8, "lora_alpha": 16, "seed": 3, "init_adapter": adapter,
+        "prompt": "Say only: yes",  # an answer of few tokens
     }  # fmt: skip
-    two = train(flags | on(2, tmp_path / "two"))
+    two = train_in_pool(ranks, 2, flags | on(2, tmp_path / "two"), timeout=300)
     stock = stock_losses(directory, adapter, flags)
     to_stock = difference(two["losses"], stock)
     with capsys.disabled():
@@ -211,7 +208,7 @@ def test_the_demo_model_trains_as_in_stock_libraries(tmp_path: Path, capsys: pyt
 # -------------------------------------------------------------------------------------------------- deaths and resuming
 
 
-def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_by_signals_resumes_exactly(ranks: RankPools, flags: Flags, whole: Path, tmp_path: Path) -> None:
     """SIGTERM to rank 0 alone; then Ctrl-C, which reaches every process of the group; then on to the end."""
     flags = flags | on(2, tmp_path / "run") | {"save_every": 100}  # only what the signals leave
     stops: list[int] = []
@@ -229,7 +226,7 @@ def test_a_run_stopped_by_signals_resumes_exactly(flags: Flags, whole: Path, tmp
         assert after <= report["global_step"] < STEPS
         stops.append(report["global_step"])
         assert f"interrupted-step={stops[-1]}.ckpt" in checkpoints(tmp_path / "run")
-    last = train(flags | {"resume": True})
+    last = train_in_pool(ranks, 2, flags | {"resume": True})
     assert last["resumed_from_step"] == stops[-1]
     assert last["losses"] == load_report(whole / "report.json")["losses"]
 
@@ -417,11 +414,6 @@ def test_a_truncated_checkpoint_is_refused(refused: Callable[..., None], finishe
     damaged = latest(finished)
     damaged.write_bytes(damaged.read_bytes()[: int(kept * damaged.stat().st_size)])
     refused(rf"{damaged.name} is damaged.*Others in .*: step={STEPS - 1}.ckpt", resume=True, output_dir=finished)
-
-
-def run_here(flags: Flags) -> int:
-    """The recipe in this process, which is a rank of a pool."""
-    return run_recipe(recipe_module("fsdp2_qlora").main, arguments(flags))
 
 
 @pytest.fixture(scope="module")

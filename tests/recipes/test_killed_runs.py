@@ -22,8 +22,9 @@ import pytest
 
 from lightning_qlora.callbacks.report import load_report
 from lightning_qlora.modules.distributed.trained_checkpoints import read_checkpoint
+from tests.distributed import RankPools
 from tests.recipes.phase_beacon import PHASES
-from tests.recipes.runs import STEPS, Flags, Run, assert_between_steps, checkpoints, difference, on, train
+from tests.recipes.runs import STEPS, Flags, Run, assert_between_steps, checkpoints, difference, on, train_in_pool
 
 RUNS = int(os.environ.get("KILLED_RUNS", "1"))
 FORMS: tuple[Flags, Flags] = ({}, {"sharded_checkpoints": True, "async_save": True})
@@ -145,7 +146,7 @@ def run_and_kill(flags: Flags, kill: Kill, beacon: Beacon, output_dir: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", range(RUNS))
-def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path, number: int) -> None:
+def test_a_killed_run_resumes_exactly(ranks: RankPools, flags: Flags, whole: Path, tmp_path: Path, number: int) -> None:
     """Four kills one after the other, and checkpoints of another form after each; a minute and a half on two cores."""
     expected = load_report(whole / "report.json")
     assert checkpoints(whole) == [f"step={step}.ckpt" for step in (STEPS - 1, STEPS)]
@@ -168,7 +169,7 @@ def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path,
             resumed_from.add(max(after))
     shutil.copytree(output_dir, tmp_path / "copy")
 
-    two = train(flags | {"resume": True})
+    two = train_in_pool(ranks, 2, flags | {"resume": True})
     assert two["resumed_from_step"] >= STEPS // 2
     assert two["losses"] == expected["losses"]
     # Lightning does not repeat a validation that was due at the very step of a checkpoint.
@@ -176,7 +177,7 @@ def test_a_killed_run_resumes_exactly(flags: Flags, whole: Path, tmp_path: Path,
     adapter = Path("adapter", "adapter_model.safetensors")
     assert (output_dir / adapter).read_bytes() == (whole / adapter).read_bytes()
 
-    one = train(flags | {"resume": True} | on(1, tmp_path / "copy"))
+    one = train_in_pool(ranks, 1, flags | {"resume": True} | on(1, tmp_path / "copy"))
     assert one["resumed_from_step"] == two["resumed_from_step"]
     assert difference(one["losses"], expected["losses"]) <= 1e-5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -65,17 +66,20 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.slow
-def test_python_examples_run(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_group_left")
+def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as the README's project does, then load that adapter as the README's peft example does."""
     peft_example, project = BLOCKS
     words = ("red", "green", "blue", "white", "black", "grey", "pink", "brown", "olive", "teal")
     rows = [{"instruction": f"Say {word}.", "response": f"{word}!"} for word in words * 2]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script = tmp_path / "project.py"
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "example.py"
     script.write_text(project)
-    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, timeout=500)
+    runpy.run_path(str(script), run_name="__main__")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["status"] == "completed"
     assert len(report["losses"]) == 2
     script.write_text(peft_example.replace("runs/fsdp2_qlora/adapter", "adapter"))
-    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, timeout=500)
+    loaded = runpy.run_path(str(script), run_name="__main__")["model"]
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 7 * 30

@@ -113,13 +113,13 @@ def test_no_layer_input_stays_and_no_number_changes(tiny_llama_dir, compiled):
         model = load(tiny_llama_dir, offload=offload, backend=count_graph if compiled else None)
         inputs = LayerInputs(model)
         losses = []
-        for shape in ((2, 9), (3, 12), (1, 20)):  # whose gradients accumulate
+        for shape in ((2, 9), (3, 12)):  # whose gradients accumulate
             loss = model(token_ids(*shape), labels=token_ids(*shape)).loss
             assert inputs.count() == ((1 if compiled else 0) if offload else 2)  # compiled, the first is a leaf
             loss.backward()
             losses.append(loss.detach())
         results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    assert graphs[False] == graphs[True] == (4 if compiled else 0)
+    assert graphs[False] == graphs[True] == (3 if compiled else 0)
     assert len(results[0][1]) == 2 * 2 * 7
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 

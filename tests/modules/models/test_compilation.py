@@ -332,7 +332,8 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
-@pytest.mark.parametrize(("world_size", "device"), [*groups(1), *groups(2)])
+# One device on the CPU is tests/recipes/test_compile_qlora.py.
+@pytest.mark.parametrize(("world_size", "device"), [*groups(1)[1:], *groups(2)])
 def test_twenty_steps_are_those_of_the_uncompiled_model(
     ranks: RankPools, tiny_llama_dir: Path, world_size: int, device: str
 ) -> None:
@@ -356,21 +357,21 @@ def test_generated_code_trains_as_the_uncompiled_model(
 ) -> None:
     """In mixed precision within three times the noise, where a learning rate 10 % higher is not.
 
-    Noise is what two uncompiled runs are apart that differ in rounding only: one has attention in plain products.
+    Noise is what two uncompiled runs are apart that differ in rounding only: one has attention in plain products. In
+    float32 the recipe compile_qlora compares them, which ``.ci/run`` runs.
     """
 
-    def losses(backend: str | None, precision: str, **options: Any) -> list[float]:
-        run = ranks.run(world_size, device, fit, tiny_llama_dir, device, backend, precision, options, timeout=300)[0]
-        return run["losses"]
+    def losses(backend: str | None, **options: Any) -> list[float]:
+        run = ranks.run(world_size, device, fit, tiny_llama_dir, device, backend, "bf16-mixed", options, timeout=300)
+        return run[0]["losses"]
 
     def distance(run: list[float]) -> float:
         return mean(abs(a - b) / b for a, b in zip(run, eager, strict=True))
 
-    assert losses("inductor", "32-true") == pytest.approx(losses(None, "32-true"), rel=1e-5)
-    eager = losses(None, "bf16-mixed")
-    noise = distance(losses(None, "bf16-mixed", attention="eager"))
+    eager = losses(None)
+    noise = distance(losses(None, attention="eager"))
     assert 1e-5 < noise < 1e-2
-    compiled, wrong = losses("inductor", "bf16-mixed"), losses(None, "bf16-mixed", learning_rate=1.1e-2)
+    compiled, wrong = losses("inductor"), losses(None, learning_rate=1.1e-2)
     assert 0 < distance(compiled) < 3 * noise < distance(wrong)
 
 
@@ -411,43 +412,37 @@ def test_dropout_is_the_same_in_forward_and_in_the_recomputation(tiny_llama_dir)
 # --- the default backend
 
 
+def steps_of(layer: nn.Module, shapes: list[tuple[int, int]]) -> list[Any]:
+    """Output and all gradients of a decoder layer, for inputs of each shape [B, S]."""
+    found = []
+    for batch, length in shapes:
+        torch.manual_seed(length)
+        x = torch.randn(batch, length, HIDDEN, requires_grad=True)
+        y = layer(x, position_embeddings=(torch.randn(1, length, 16), torch.randn(1, length, 16)))
+        y.square().mean().backward()
+        found.append((y.detach(), x.grad, gradients(layer)))
+        assert len(found[-1][2]) == 2 * 7
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_inductor_computes_the_same_layer(tiny_llama_dir, mode):
-    """Forward, recomputation and backward of whole layers are one graph for all lengths, however it is tuned."""
+    """Forward, recomputation and backward of whole layers are one graph for all lengths, however it is tuned.
+
+    Products of adapters are added to the buffer that the base's product was written to: in forward, recomputation and
+    backward, without a copy.
+    """
     compiled, eager = (load(tiny_llama_dir).model.layers[0] for _ in range(2))
     compile_region(compiled, mode)
+    shapes = [(2, 5), (3, 7), (2, HIDDEN)]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for batch, length in [(2, 5), (3, 7), (2, HIDDEN)]:
-        turn = (torch.randn(1, length, 16), torch.randn(1, length, 16))
-        x = torch.randn(batch, length, HIDDEN, requires_grad=True)
-        results = []
-        for layer in (compiled, eager):
-            y = layer(x, position_embeddings=turn)
-            y.square().mean().backward()
-            results.append((y, x.grad, gradients(layer)))
-            x.grad = None
-        assert len(results[0][2]) == 2 * 7
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    with torch._inductor.config.patch(force_disable_caches=mode == "default"):  # which would give no code to look at
+        found, codes = run_and_get_code(steps_of, compiled, shapes)
+    torch.testing.assert_close(found, steps_of(eager, shapes), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
-
-
-@pytest.mark.slow
-def test_generated_code_adds_the_products_of_adapters_in_place(tiny_llama_dir):
-    """To the buffer that the base's product was written to: in forward, recomputation and backward, without a copy."""
-    compiled, eager = (load(tiny_llama_dir).model.layers[0] for _ in range(2))
-    compile_region(compiled)
-    x, turn = torch.randn(2, 7, HIDDEN, requires_grad=True), (torch.randn(1, 7, 16), torch.randn(1, 7, 16))
-
-    def step(layer: nn.Module) -> tuple[Any, ...]:
-        y = layer(x, position_embeddings=turn)
-        y.square().mean().backward()
-        grad, x.grad = x.grad, None
-        return y.detach(), grad, gradients(layer)
-
-    with torch._inductor.config.patch(force_disable_caches=True):  # which would give no code to look at
-        found, codes = run_and_get_code(step, compiled)
-    torch.testing.assert_close(found, step(eager), rtol=1e-5, atol=1e-5)
+    if mode != "default":
+        return
     sums = []
     for code in codes:
         written = re.findall(r"extern_kernels\.mm\(.*out=(buf\d+)\)|add_product_\.default\(\w*\(?(buf\d+),", code)
