@@ -1,4 +1,7 @@
-"""LoRA adapters to and from the files of peft: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""LoRA adapters to and from the files of peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+A head that is trained in full is in the same file; ``modules_to_save`` names it.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def save_adapter(
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> None:
-    """Copy a saved peft adapter into the LoRA weights of ``model``; each rank of a sharded model takes its rows.
+    """Copy a saved peft adapter into what is trained of ``model``; each rank of a sharded model takes its rows.
 
     Raises:
         ValueError: If the directory holds no adapter, it is damaged, or its rank, alpha or layers are not the model's.
@@ -96,8 +99,9 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {directory} is damaged: {error}.") from error
     check_plain_lora(
-        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter."
-    )
+        config, f"The adapter in {directory}", "Nothing else is trained here: continue from a plain LoRA adapter.",
+        trained_modules=lora.modules_to_save or (),
+    )  # fmt: skip
     for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, mine = getattr(config, option, None), getattr(lora, option)
         if theirs != mine:

@@ -32,6 +32,21 @@ def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:
     return lora
 
 
+def with_head(lora: LoraConfig, trained_modules: Sequence[str], task_type: str | None) -> LoraConfig:
+    """``lora`` itself for a frozen head; else a copy that names what is trained in full beside the adapters.
+
+    Args:
+        lora: The adapters.
+        trained_modules: Names of the modules that are trained in full.
+        task_type: peft's name of the task.
+    """
+    if not trained_modules:
+        return lora
+    lora = copy.copy(lora)
+    lora.task_type, lora.modules_to_save = task_type, list(trained_modules)
+    return lora
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name is a LoRA matrix."""
     return ".lora_A." in name or ".lora_B." in name
@@ -64,8 +79,12 @@ class LoraOptions:
         return default_lora(self.lora_r, self.lora_alpha, self.lora_dropout)
 
 
-def check_lora(lora: LoraConfig) -> LoraConfig:
+def check_lora(lora: LoraConfig, trained_modules: Sequence[str] = ()) -> LoraConfig:
     """Return ``lora`` if these modules can train it.
+
+    Args:
+        lora: Any.
+        trained_modules: As of :func:`check_plain_lora`.
 
     Raises:
         ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), another initialisation than
@@ -84,7 +103,8 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
             "default does, equal for any number of ranks. Leave it True; to start otherwise, load an adapter that peft "
             "initialised (init_adapter)."
         )
-    return check_plain_lora(lora, "The LoraConfig", "Nothing else is trained here: leave it at its default.")
+    remedy = "Nothing else is trained here: leave it at its default."
+    return check_plain_lora(lora, "The LoraConfig", remedy, trained_modules)
 
 
 #: Options of ``LoraConfig`` under which an adapted weight is ``W + scaling * B @ A``. Of all others, those of future
@@ -101,23 +121,31 @@ _PLAIN = {
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
-def check_plain_lora(config: PeftConfig, source: str, remedy: str) -> LoraConfig:
+#: Heads by which peft knows a classifier: it puts both into ``modules_to_save``, whichever the model has.
+_HEADS_OF_PEFT = {"classifier", "score"}
+
+
+def check_plain_lora(config: PeftConfig, source: str, remedy: str, trained_modules: Sequence[str] = ()) -> LoraConfig:
     """Return ``config`` if it is plain LoRA: ``W + scaling * B @ A`` with the base's own W.
 
     Args:
         config: Any configuration of peft.
         source: Where it comes from, as the subject of an error's sentence.
         remedy: What to do about a variant of LoRA: the error's last sentence.
+        trained_modules: Modules of the model that are trained in full, which may stand in ``modules_to_save``.
 
     Raises:
         ValueError: For another type of adapter, for variants of LoRA (DoRA, aLoRA, QALoRA, trained biases or tokens,
-            ``modules_to_save``, ...), and for an initialisation that changed the base.
+            other ``modules_to_save``, ...), and for an initialisation that changed the base.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{source} is a {config.peft_type} adapter. Only LoRA adapters are supported here.")
+    heads = {*trained_modules, *_HEADS_OF_PEFT} if trained_modules else set()
     default = LoraConfig()
     for option in dataclasses.fields(LoraConfig):
         value = getattr(config, option.name)
+        if option.name == "modules_to_save" and set(value or ()) <= heads:
+            continue
         # What is None, False or empty switches nothing on.
         if option.name not in _PLAIN and value and value != getattr(default, option.name):
             raise ValueError(
