@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .cache import cache_dir, cache_lock
+from ..downloads import cache_dir, cache_lock
 
 
 def convert_gguf(gguf: Path) -> Path:
