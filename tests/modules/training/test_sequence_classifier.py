@@ -1,4 +1,4 @@
-"""The classifier's LightningModule: steps, ranks, packing, resuming, figures over ranks, and files that stock peft reads."""
+"""The classifier's LightningModule: steps, packing, ranks, figures, resuming, and files that stock peft reads."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def write_texts(path: Path, kind: str, count: int = 33) -> str:
 def run(
     model_dir: Path, dataset: str, *, packing: bool = False, strategy: Any = "auto", batch_size: int = 10,
     max_steps: int = 3, ckpt: Path | None = None, save: Path | None = None, adapter: Path | None = None,
-    accelerator: str = "cpu", predict: bool = False, **options: Any,
+    accelerator: str = "cpu", devices: int = 1, predict: bool = False, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and return losses, figures, what is trained and predictions."""
     data = ClassificationDataModule(
@@ -66,7 +66,7 @@ def run(
     )  # fmt: skip
     losses = Losses()
     trainer = L.Trainer(
-        accelerator=accelerator, devices=1 if strategy == "auto" else "auto", strategy=strategy, max_steps=max_steps,
+        accelerator=accelerator, devices=devices, strategy=strategy, max_steps=max_steps,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         inference_mode=False, use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=[losses],
         gradient_clip_val=1.0,
@@ -94,7 +94,7 @@ def on_ranks(model_dir: Path, dataset: str, batch_size: int, strategy: str, acce
     devices = torch.distributed.get_world_size()
     return run(
         model_dir, dataset, strategy=build(strategy, devices=devices), batch_size=batch_size, adapter=adapter,
-        accelerator=accelerator, predict=True,
+        accelerator=accelerator, devices=devices, predict=True,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_exactly(tiny_llama_dir, tmp_path):
         if a.requires_grad:
             assert torch.equal(a, b), name
     other = write_texts(tmp_path / "other.jsonl", "multi_label_classification")
-    with pytest.raises(ValueError, match="does not fit this run|was made for single_label_classification"):
+    with pytest.raises(ValueError, match=r"does not fit this run|was made for single_label_classification"):
         run(tiny_llama_dir, other, max_steps=6, batch_size=8, ckpt=tmp_path / "two.ckpt")
 
 
