@@ -134,7 +134,7 @@ def _class(label: object) -> str | int:
     if isinstance(label, str) and not label.strip():
         raise ValueError("the label is empty")
     if not isinstance(label, str | int):
-        raise ValueError(f"the label is {label!r}, not a name or a whole number")
+        raise ValueError(f"the label is {label!r}, not a name or a whole number (--problem_type says what labels are)")
     return label
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..distributed.collectives import gather_objects
+from ..distributed.trained_checkpoints import read_checkpoint
 from ..models.options import ComputeOptions
 from ..models.sequence_classifier import ClassificationHead
 from ..options import ProblemType
 from .base import CHECKPOINT_KEY, QLoRAModule
 from .classification_metrics import ClassificationMetrics, classification_metrics
 
-#: Beside a saved adapter: ``"model"`` holds keyword arguments for ``AutoModelForSequenceClassification``.
+#: Beside a saved adapter: the ``labels`` in the order of the head's outputs, ``problem_type`` and ``pad_token_id``.
 CLASSIFICATION_FILE = "classification.json"
 
 #: What a batch holds that the model does not take.
@@ -124,13 +125,12 @@ class QLoRASequenceClassifier(QLoRAModule):
         """Refuse to continue from a head whose outputs mean something else."""
         if not (adapter / CLASSIFICATION_FILE).is_file():
             return  # written by peft, which does not know
-        described = json.loads((adapter / CLASSIFICATION_FILE).read_text(encoding="utf-8"))["model"]
-        theirs = [described["id2label"][str(index)] for index in range(len(described["id2label"]))]
-        if (theirs, described["problem_type"]) != ([*self.labels], self.problem_type):
+        described = json.loads((adapter / CLASSIFICATION_FILE).read_text(encoding="utf-8"))
+        if (described["labels"], described["problem_type"]) != ([*self.labels], self.problem_type):
             raise ValueError(
                 f"The adapter in {adapter} was trained for {described['problem_type']} with the labels "
-                f"{', '.join(theirs)}; this run is for {self.problem_type} with {', '.join(self.labels)}. Use the same "
-                "labels in the same order, or start without --init_adapter."
+                f"{', '.join(described['labels'])}; this run is for {self.problem_type} with "
+                f"{', '.join(self.labels)}. Use the same labels in the same order, or start without --init_adapter."
             )
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -240,34 +240,45 @@ class QLoRASequenceClassifier(QLoRAModule):
             ValueError: Naming what differs or is missing.
         """
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint[CHECKPOINT_KEY]
+        self._check_meaning(checkpoint[CHECKPOINT_KEY])
+
+    def check_checkpoint(self, path: str | Path | None) -> None:
+        """As :meth:`QLoRAModule.check_checkpoint`, and that the head was trained for the same labels.
+
+        Raises:
+            ValueError: Naming what differs.
+        """
+        super().check_checkpoint(path)
+        if path is not None:
+            self._check_meaning(read_checkpoint(path)[CHECKPOINT_KEY])
+
+    def _check_meaning(self, saved: Mapping[str, Any]) -> None:
         theirs = (saved.get("problem_type"), saved.get("labels"))
         if theirs != (self.problem_type, [*self.labels]):
             raise ValueError(
                 f"The checkpoint was made for {theirs[0]} with the labels {theirs[1]}, this run is for "
-                f"{self.problem_type} with {[*self.labels]}. Resume with the same data."
+                f"{self.problem_type} with {[*self.labels]}. Resume with the same data, or start in a new --output_dir."
             )
 
     def save_adapter(self, directory: str | Path) -> None:
         """Write adapters and head as stock peft does for ``SEQ_CLS``, and what they mean. All ranks must call it.
 
-        ``PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, **described), directory)``
-        loads it, where ``described`` is ``"model"`` of ``classification.json``, written beside it.
+        Stock transformers and peft read it so, with the saved tokenizer if texts are more than one::
+
+            described = json.loads((directory / "classification.json").read_text())
+            described["id2label"] = dict(enumerate(described.pop("labels")))
+            base = AutoModelForSequenceClassification.from_pretrained(base_name, **described)
+            model = PeftModel.from_pretrained(base, directory)
         """
         super().save_adapter(directory)
         if self.global_rank:
             return
         directory = Path(directory)
-        described: dict[str, Any] = {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: index for index, name in enumerate(self.labels)},
-            "problem_type": self.problem_type,
-        }
+        described: dict[str, Any] = {"labels": list(self.labels), "problem_type": self.problem_type}
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
             described["pad_token_id"] = self.tokenizer.pad_token_id
-        text = json.dumps({"model": described}, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
         (directory / CLASSIFICATION_FILE).write_text(text, encoding="utf-8")
 
 

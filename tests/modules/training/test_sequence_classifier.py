@@ -115,7 +115,7 @@ def test_packed_rows_train_as_padded_ones(kind, tiny_llama_dir, tmp_path):
 def test_two_ranks_train_evaluate_and_predict_as_one(strategy, ranks: RankPools, tiny_llama_dir, tmp_path):
     dataset = write_texts(tmp_path / "texts.jsonl", "single_label_classification")
     one = run(tiny_llama_dir, dataset, batch_size=8, predict=True, adapter=tmp_path / "one")
-    two = ranks.run(2, "cpu", on_ranks, tiny_llama_dir, dataset, 4, strategy, "cpu", tmp_path / "two")
+    two = ranks.run(2, "cpu", on_ranks, tiny_llama_dir, dataset, 4, strategy, "cpu", tmp_path / "two", timeout=300)
     for rank in two:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert rank["metrics"].confusion == one["metrics"].confusion
@@ -146,7 +146,8 @@ def test_a_resumed_run_goes_on_exactly(tiny_llama_dir, tmp_path):
 def test_what_is_saved_opens_in_transformers_and_peft(tiny_llama_dir, tmp_path):
     dataset = write_texts(tmp_path / "texts.jsonl", "single_label_classification")
     ours = run(tiny_llama_dir, dataset, adapter=tmp_path / "adapter", predict=True)
-    described = json.loads((tmp_path / "adapter" / "classification.json").read_text())["model"]
+    described = json.loads((tmp_path / "adapter" / "classification.json").read_text())
+    described["id2label"] = dict(enumerate(described.pop("labels")))
     stock = AutoModelForSequenceClassification.from_pretrained(tiny_llama_dir, dtype=torch.float32, **described)
     assert stock.config.id2label == dict(enumerate(ours["data"].labels))
     with torch.no_grad():
