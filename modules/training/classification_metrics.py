@@ -85,15 +85,9 @@ def classification_metrics(
             "accuracy": float(multiclass_accuracy(**options, average="micro")),
             "macro_f1": float(multiclass_f1_score(**options, average="macro")),
         }
-        precision, recall, f1, confusion = (
-            metric(**options, **more)
-            for metric, more in (
-                (multiclass_precision, {"average": None}),
-                (multiclass_recall, {"average": None}),
-                (multiclass_f1_score, {"average": None}),
-                (multiclass_confusion_matrix, {}),
-            )
-        )
+        each = (multiclass_precision, multiclass_recall, multiclass_f1_score)
+        precision, recall, f1 = (metric(**options, average=None) for metric in each)
+        confusion = multiclass_confusion_matrix(**options)
     else:
         given, scores = labels.long(), logits.sigmoid()
         options = {"preds": scores, "target": given, "num_labels": count}
@@ -101,15 +95,9 @@ def classification_metrics(
             "exact_match": float(multilabel_exact_match(**options)),
             "macro_f1": float(multilabel_f1_score(**options, average="macro")),
         }
-        precision, recall, f1, confusion = (
-            metric(**options, **more)
-            for metric, more in (
-                (multilabel_precision, {"average": None}),
-                (multilabel_recall, {"average": None}),
-                (multilabel_f1_score, {"average": None}),
-                (multilabel_confusion_matrix, {}),
-            )
-        )
+        each = (multilabel_precision, multilabel_recall, multilabel_f1_score)
+        precision, recall, f1 = (metric(**options, average=None) for metric in each)
+        confusion = multilabel_confusion_matrix(**options)
     support = given.sum(0).tolist()
     areas = [
         float(binary_auroc(scores[:, index], given[:, index])) if 0 < support[index] < texts else None

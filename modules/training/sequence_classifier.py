@@ -214,7 +214,7 @@ class QLoRASequenceClassifier(QLoRAModule):
         ``"values": {name: ...}`` for regression. Batches need an ``index`` [N], the place of each text in the data.
         """
         probabilities, index = _gather(self._predicted)
-        found = []
+        found: list[dict[str, Any]] = []
         for row in probabilities[index.argsort()].tolist():
             named = dict(zip(self.labels, row, strict=True))
             if self.problem_type == "regression":
@@ -223,7 +223,7 @@ class QLoRASequenceClassifier(QLoRAModule):
                 chosen = [name for name, value in named.items() if value >= 0.5]
                 found.append({"labels": chosen, "probabilities": named})
             else:
-                found.append({"label": max(named, key=named.__getitem__), "probabilities": named})
+                found.append({"label": max(named, key=lambda name: named[name]), "probabilities": named})
         return found
 
     # --- in and out --------------------------------------------------------------------------------------------------
