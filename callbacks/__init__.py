@@ -19,6 +19,7 @@ Tokens are counted in ``batch["input_ids"]``; for other batches pass ``tokens_fn
 from .adapter import SaveAdapter
 from .answers import CompareAnswers
 from .checkpoint import StepCheckpoint
+from .classification_report import ClassificationReport
 from .compile_report import CompileReport, CompileReportError, CompileSection
 from .graceful_stop import GracefulStop
 from .memory_report import MemoryReport, MemorySection
@@ -28,6 +29,7 @@ from .report_schema import Report, load_report
 from .throughput_report import ThroughputReport, ThroughputSection
 
 __all__ = [
+    "ClassificationReport",
     "CompareAnswers",
     "CompileReport",
     "CompileReportError",

@@ -258,11 +258,49 @@ def _data(section: Mapping[str, Any]) -> Markup:
     return body
 
 
+def _classification(section: Mapping[str, Any]) -> Markup:
+    methods = {f"this model, {section['texts']} texts": section["figures"], **section["yardsticks"]}
+    names = list(dict.fromkeys(name for figures in methods.values() for name in figures))
+    body = _table(
+        ["", *(name.replace("_", " ") for name in names)],
+        [
+            [method, *(_number(figures[name]) if name in figures else "" for name in names)]
+            for method, figures in methods.items()
+        ],
+    )
+    if not section["per_class"]:
+        return body
+    columns = ["precision", "recall", "f1", "auroc", "support"]
+    cells = [
+        [name, *("" if (value := figures[column]) is None else _number(value) for column in columns)]
+        for name, figures in section["per_class"].items()
+    ]
+    body += Markup("<h3>Classes</h3>") + _table(["class", *columns], cells)
+    body += Markup("<h3>Confusion</h3><p>A row per true class, a column per predicted one.</p>")
+    classes, confusion = list(section["per_class"]), section["confusion"]
+    if confusion and isinstance(confusion[0][0], list):  # several labels: a table for each
+        for name, table in zip(classes, confusion, strict=True):
+            body += Markup("<h4>{}</h4>").format(name) + _confusion(["no", "yes"], table)
+        return body
+    return body + _confusion(classes, confusion)
+
+
+def _confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
+    """Counts on shades of their share of the row."""
+    shade = Markup('<span class=shade style="--share: {:.0f}%">{}</span>')
+    rows = []
+    for name, row in zip(classes, counts, strict=True):
+        total = max(sum(row), 1)
+        rows.append([name, *(shade.format(100 * count / total, count) for count in row)])
+    return _table(["true / predicted", *classes], rows)
+
+
 _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {
     "throughput": _throughput,
     "memory": _memory,
     "compile": _compile,
     "data": _data,
+    "classification": _classification,
 }
 
 
@@ -600,6 +638,8 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 {% for color in range(8) %}
 .stroke{{ color }} { stroke: var(--c{{ color }}); } svg .fill{{ color }} { fill: var(--c{{ color }}); }
 {% endfor %}
+.shade { display: block; padding: 0 .4rem;
+         background: color-mix(in srgb, var(--c3) var(--share), transparent); }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
 .place { width: 21rem; max-width: 100%; } /* paths break anywhere, so their column would be as narrow as it can */
 .wide { overflow-x: auto; }

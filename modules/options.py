@@ -7,6 +7,11 @@ the command line is told. :func:`~lightning_qlora.modules.cli.run_recipe` makes 
 
 from __future__ import annotations
 
+from typing import Literal
+
+#: What a text is given, under transformers' names: one of several classes, any number of labels, or numbers.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
 
 def at_least(least: int, **values: int) -> None:
     """Check that every value is at least ``least``.

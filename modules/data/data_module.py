@@ -19,30 +19,24 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import tokenize_chats
 from .checks import BadRows, refuse_changes, require_at_least
 from .collators import ChatCollator, PackedCollator, join_samples
 from .dataset import ChatDataset
-from .loader import ResumableDataLoader
 from .named_templates import read_chat_template
 from .options import DataOptions
 from .packing import pack_samples
 from .preview import SamplePreview, print_previews
 from .rendering import date_parts
-from .sampler import GlobalBatchSampler
+from .resumable import ResumableDataModule, digests, smallest
 from .samples import Chat, Collator, Sample
 from .sources import PlacedChats, Source, open_source, read_chats
 from .vocabulary import check_token_ids, choose_pad_token_id
@@ -65,7 +59,7 @@ class _Part:
         return _Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
 
 
-class ChatDataModule(L.LightningDataModule):
+class ChatDataModule(ResumableDataModule):
     """Train and validation batches of chats, with the loss on completions only.
 
     ``load()`` does all the reading and checking and needs no Trainer: call it before building a model, so that bad data
@@ -133,7 +127,7 @@ class ChatDataModule(L.LightningDataModule):
         max_position_embeddings: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
         if collate_fn is not None and pad_to_multiple_of is not None:
             raise ValueError(
                 f"pad_to_multiple_of={pad_to_multiple_of} has no effect on your collate_fn, which does the padding; "
@@ -152,31 +146,20 @@ class ChatDataModule(L.LightningDataModule):
         if self.options.chat_template is not None:
             self.tokenizer = copy.deepcopy(tokenizer)
             self.tokenizer.chat_template = read_chat_template(self.options.chat_template, tokenizer)
-        self.batch_size = batch_size
         self.seq_len = seq_len
         self.packing = packing
-        self.seed = seed
-        self.num_workers = num_workers
         self.pad_to_multiple_of = pad_to_multiple_of
         self.collate_fn = collate_fn
         self.max_position_embeddings = max_position_embeddings
         self.vocab_size = vocab_size
-        self.train_set: ChatDataset | None = None
-        self.val_set: ChatDataset | None = None
         self.val_chats: list[Chat] = []
         """The chats to validate on as text, e.g. for answers before and after training."""
         self.num_dropped = 0
         """Samples left out because ``seq_len`` cuts their completions away."""
         self.num_truncated = 0
         """Samples, train and held out, that lost tokens at the end."""
-        self.num_train = 0
-        """Samples to train on, packed or not."""
-        self.num_val = 0
-        """Samples to validate on, packed or not."""
         self.fill: float | None = None
         """With packing, the part of ``seq_len`` tokens that a training pack holds, on average."""
-        self.fingerprint = ""
-        """SHA-256 of the training set: equal for the same data, tokenizer, template, ``seq_len`` and ``packing``."""
         self.turn_ends: tuple[int, ...] = ()
         """Tokens that end the trained turns: the model learns to stop with them."""
         self.date: dict[str, str] = {}
@@ -200,7 +183,7 @@ class ChatDataModule(L.LightningDataModule):
         self.train_set = ChatDataset([], pad_token_id)
         self._hold(train, val)
         collator = PackedCollator if self.packing else ChatCollator
-        self.collator: Collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
+        self.collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
         rank_zero_info(self._summary(val.origin))
         longest = max(len(sample["input_ids"]) for sample in (*train.samples, *val.samples))
         if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
@@ -224,14 +207,14 @@ class ChatDataModule(L.LightningDataModule):
             val = dataclasses.replace(val, origin=f"of {other.name} to validate on")
         elif "validation" in source.splits and options.split != "validation" and options.val_samples:
             read = read_chats(source, "validation", options.skip_bad_rows)
-            chosen = _smallest(read.chats, min(options.val_samples, len(read.chats)))
+            chosen = smallest(read.chats, min(options.val_samples, len(read.chats)))
             val = self._tokenize(source, read.only(chosen))
             val = dataclasses.replace(
                 val, origin=f"to validate on, of the {len(read.chats)} rows of its split validation"
             )
         else:
             most = min(options.val_samples, len(train.samples) // 10)
-            held_out = _smallest(train.chats, most)
+            held_out = smallest(train.chats, most)
             val = train.only(held_out)
             counts = {name: getattr(train, name) for name in ("num_truncated", "num_dropped", "turn_ends")}
             train = dataclasses.replace(train.only([not out for out in held_out]), **counts)
@@ -241,8 +224,8 @@ class ChatDataModule(L.LightningDataModule):
                     "together"
                 )
             return train, val
-        known = set(_digests(train.chats))
-        if shared := sum(digest in known for digest in _digests(val.chats)):
+        known = set(digests(train.chats))
+        if shared := sum(digest in known for digest in digests(val.chats)):
             rank_zero_warn(
                 f"{shared} of the {len(val.chats)} samples to validate on are also trained on: val_loss will be lower "
                 "than it is for new texts."
@@ -288,31 +271,6 @@ class ChatDataModule(L.LightningDataModule):
         self.date = date
         self._hold(*self._read())
 
-    def steps_per_epoch(self, devices: int, accumulate: int = 1) -> int:
-        """Optimizer steps in which all training samples are used once.
-
-        Args:
-            devices: Number of ranks.
-            accumulate: Micro-batches per step. The last step of an epoch may have fewer.
-        """
-        train_set, _ = self._loaded()
-        return math.ceil(math.ceil(len(train_set) / (self.batch_size * devices)) / accumulate)
-
-    def batches_in(self, steps: int, devices: int, accumulate: int = 1) -> int:
-        """Micro-batches per rank of ``steps`` optimizer steps.
-
-        The last step of an epoch has what is left, which may be all of an epoch. That is said.
-        """
-        train_set, _ = self._loaded()
-        per_epoch = math.ceil(len(train_set) / (self.batch_size * devices))
-        if accumulate > per_epoch:
-            rank_zero_info(
-                f"The data are {per_epoch} micro-batches per device, fewer than --accumulate={accumulate}: every step "
-                f"has {per_epoch}, all of the data."
-            )
-        epochs, rest = divmod(steps, self.steps_per_epoch(devices, accumulate))
-        return epochs * per_epoch + rest * accumulate
-
     def report_section(self) -> dict[str, Any] | None:
         """For a run's report, under ``report_key``; ``None`` before :meth:`load`.
 
@@ -340,25 +298,6 @@ class ChatDataModule(L.LightningDataModule):
         if self.date and self.trainer is not None and self.trainer.world_size > 1:
             # Ranks that started before and after midnight must not train on different texts.
             self._write_date(self.trainer.strategy.broadcast(self.date))
-
-    def train_dataloader(self) -> ResumableDataLoader:
-        """Return the loader of this rank's training batches."""
-        dataset = self._loaded()[0]
-        return ResumableDataLoader(dataset, self._sampler(dataset), self.collator, self._batches_done, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """Return the loader of this rank's held-out batches, in fixed order; an empty list if nothing is held out."""
-        dataset = self._loaded()[1]
-        if not len(dataset):
-            return []
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=self._sampler(dataset, shuffle=False),
-            collate_fn=self.collator,
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(self.seed),  # as in ResumableDataLoader
-        )
 
     def example(self) -> tuple[str, str] | None:
         """Return the last question and answer of the first held-out chat; ``None`` if nothing is held out."""
@@ -394,49 +333,7 @@ class ChatDataModule(L.LightningDataModule):
             text += f"; packed into {len(train_set)} and {len(val_set)} rows, {1 - self.fill:.1%} of them empty"
         return text
 
-    def _identity(self) -> dict[str, Any]:
-        return {**self._sampler(self._loaded()[0]).identity(), "fingerprint": self.fingerprint}
-
-    def _loaded(self) -> tuple[ChatDataset, ChatDataset]:
-        self.load()
-        assert self.train_set is not None
-        assert self.val_set is not None
-        return self.train_set, self.val_set
-
-    def _sampler(self, dataset: ChatDataset, shuffle: bool = True) -> GlobalBatchSampler:
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return GlobalBatchSampler(
-            dataset, batch_size=self.batch_size, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=self.seed
-        )
-
-    def _batches_done(self) -> int:
-        """Batches of the epoch that are trained on; more than there are once the loop has taken its last."""
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        # `processed` and not `ready`: a checkpoint written while a batch is in flight (on an exception, say) makes
-        # Lightning do that batch again. `completed` lags by one in on_train_batch_end, where most checkpoints are
-        # written.
-        done: int = progress.current.processed  # type: ignore[attr-defined]  # declared as the tracker's base class
-        # With limit_train_batches the last one comes early; num_train batches are past the end in any case.
-        return self.num_train if progress.is_last_batch and done == progress.current.ready else done
-
 
 def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
     packs = pack_samples([len(sample["input_ids"]) for sample in samples], seq_len)
     return [join_samples(samples[index] for index in pack) for pack in packs]
-
-
-def _digests(chats: Sequence[Chat]) -> list[bytes]:
-    return [hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest() for chat in chats]
-
-
-def _smallest(chats: Sequence[Chat], most: int) -> list[bool]:
-    """Mark at most ``most`` chats: those of the smallest SHA-256, each with its repetitions or not at all."""
-    digests = _digests(chats)
-    chosen = set()
-    for digest, repetitions in sorted(Counter(digests).items()):
-        if repetitions <= most:
-            chosen.add(digest)
-            most -= repetitions
-    return [digest in chosen for digest in digests]

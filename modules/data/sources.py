@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -32,6 +32,8 @@ from .checks import BadRows
 from .formats import to_chat
 from .samples import Chat
 from .stdlib_docs import stdlib_api_cards
+
+T = TypeVar("T")
 
 DEFAULT_DATASET = "stdlib-api-cards"
 
@@ -107,23 +109,39 @@ def read_chats(source: Source, split: str, skip_bad_rows: bool) -> PlacedChats:
     Raises:
         ValueError: As :func:`load_chats`.
     """
-    bad, unused = BadRows(source.name, skip_bad_rows), dict[str, None]()
-    chats: list[Chat] = []
+    unused = dict[str, None]()
+    chats, places = read_rows(source, split, skip_bad_rows, lambda row: to_chat(row, unused))
+    if unused:
+        rank_zero_info(f"{source.name}: not used, and without effect on training: {', '.join(unused)}")
+    return PlacedChats(chats, places)
+
+
+def read_rows(
+    source: Source, split: str, skip_bad_rows: bool, convert: Callable[[object], T]
+) -> tuple[list[T], list[str]]:
+    """Read a split of a source, each row through ``convert``, which raises a ValueError for a bad one.
+
+    Returns:
+        What ``convert`` returned, and where each row stands in its source.
+
+    Raises:
+        ValueError: As :func:`load_chats`.
+    """
+    bad = BadRows(source.name, skip_bad_rows)
+    found: list[T] = []
     places: list[str] = []
     for where, row in source.rows(split):
         try:
             if isinstance(row, ValueError):
                 raise row
-            chats.append(to_chat(row, unused))
+            found.append(convert(row))
             places.append(where)
         except ValueError as error:
             bad.add(where, error)
-    if not chats and not bad.count:
+    if not found and not bad.count:
         raise ValueError(f"{source.name}: the data set is empty; it needs at least one row")
-    bad.settle(len(chats) + bad.count)
-    if unused:
-        rank_zero_info(f"{source.name}: not used, and without effect on training: {', '.join(unused)}")
-    return PlacedChats(chats, places)
+    bad.settle(len(found) + bad.count)
+    return found, places
 
 
 def open_source(dataset: str | Path, subset: str | None = None) -> Source:

@@ -1,4 +1,7 @@
-"""LoRA adapters to and from the files of peft: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""LoRA adapters to and from the files of peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+A head that is trained in full is in the same file; ``modules_to_save`` names it.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def save_adapter(
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | Path, lora: LoraConfig) -> None:
-    """Copy a saved peft adapter into the LoRA weights of ``model``; each rank of a sharded model takes its rows.
+    """Copy a saved peft adapter into what is trained of ``model``; each rank of a sharded model takes its rows.
 
     Raises:
         ValueError: If the directory holds no adapter, it is damaged, or its rank, alpha or layers are not the model's.
@@ -86,7 +89,7 @@ def read_adapter(directory: str | Path, lora: LoraConfig) -> dict[str, Tensor]:
             alpha differ, in all layers or in some.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory)
+    config = read_adapter_config(directory, trained_modules=lora.modules_to_save or ())
     if not (directory / WEIGHTS_NAME).is_file():
         raise ValueError(f"{directory} holds no LoRA adapter of peft: {WEIGHTS_NAME} is missing.")
     try:

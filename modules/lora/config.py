@@ -24,9 +24,16 @@ def default_lora(
 
 
 def read_adapter_config(
-    directory: str | Path, remedy: str = "Nothing else is trained here: continue from a plain LoRA adapter."
+    directory: str | Path,
+    remedy: str = "Nothing else is trained here: continue from a plain LoRA adapter.",
+    trained_modules: Sequence[str] | None = (),
 ) -> LoraConfig:
-    """The configuration of a plain LoRA adapter in peft's format; ``remedy`` is what to do about another one.
+    """The configuration of a plain LoRA adapter in peft's format.
+
+    Args:
+        directory: Where it is.
+        remedy: What to do about another kind of adapter: the error's last sentence.
+        trained_modules: As of :func:`check_plain_lora`; ``None`` allows any, for whoever checks them later.
 
     Raises:
         ValueError: If there is none, it is damaged, or it is not plain LoRA (see :func:`check_plain_lora`).
@@ -38,11 +45,15 @@ def read_adapter_config(
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {directory} is damaged: {path.name}: {error}.") from error
-    return check_plain_lora(config, f"The adapter in {directory}", remedy)
+    if trained_modules is None:
+        trained_modules = getattr(config, "modules_to_save", None) or ()
+    return check_plain_lora(config, f"The adapter in {directory}", remedy, trained_modules)
 
 
 def adapter_lora(directory: str | Path, dropout: float = 0.0) -> LoraConfig:
     """The configuration with which training goes on from a saved adapter: its rank, alpha, layers and rsLoRA.
+
+    Which of its modules are trained in full is the model's matter, and left as it stands there.
 
     Args:
         directory: In peft's format.
@@ -51,7 +62,7 @@ def adapter_lora(directory: str | Path, dropout: float = 0.0) -> LoraConfig:
     Raises:
         ValueError: As :func:`read_adapter_config`.
     """
-    lora = copy.copy(read_adapter_config(directory))
+    lora = copy.copy(read_adapter_config(directory, trained_modules=None))
     lora.inference_mode, lora.lora_dropout, lora.base_model_name_or_path = False, dropout, None
     lora.init_lora_weights = True  # whatever it started from: its weights replace the initial ones
     return lora
@@ -74,6 +85,21 @@ def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:
         return lora
     lora = copy.copy(lora)
     lora.target_modules = list(projections)
+    return lora
+
+
+def with_head(lora: LoraConfig, trained_modules: Sequence[str], task_type: str | None) -> LoraConfig:
+    """``lora`` itself for a frozen head; else a copy that names what is trained in full beside the adapters.
+
+    Args:
+        lora: The adapters.
+        trained_modules: Names of the modules that are trained in full.
+        task_type: peft's name of the task.
+    """
+    if not trained_modules:
+        return lora
+    lora = copy.copy(lora)
+    lora.task_type, lora.modules_to_save = task_type, list(trained_modules)
     return lora
 
 
@@ -136,8 +162,12 @@ class LoraOptions:
         return lora
 
 
-def check_lora(lora: LoraConfig) -> LoraConfig:
+def check_lora(lora: LoraConfig, trained_modules: Sequence[str] = ()) -> LoraConfig:
     """Return ``lora`` if these modules can train it.
+
+    Args:
+        lora: Any.
+        trained_modules: As of :func:`check_plain_lora`.
 
     Raises:
         ValueError: For a rank below 1, a non-positive alpha, a dropout outside [0, 1), another initialisation than
@@ -156,7 +186,8 @@ def check_lora(lora: LoraConfig) -> LoraConfig:
             "default does, equal for any number of ranks. Leave it True; to start otherwise, load an adapter that peft "
             "initialised (init_adapter)."
         )
-    return check_plain_lora(lora, "The LoraConfig", "Nothing else is trained here: leave it at its default.")
+    remedy = "Nothing else is trained here: leave it at its default."
+    return check_plain_lora(lora, "The LoraConfig", remedy, trained_modules)
 
 
 #: Options of ``LoraConfig`` under which an adapted weight is ``W + scaling * B @ A``. Of all others, those of future
@@ -173,23 +204,31 @@ _PLAIN = {
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
-def check_plain_lora(config: PeftConfig, source: str, remedy: str) -> LoraConfig:
+#: Heads by which peft knows a classifier: it puts both into ``modules_to_save``, whichever the model has.
+_HEADS_OF_PEFT = {"classifier", "score"}
+
+
+def check_plain_lora(config: PeftConfig, source: str, remedy: str, trained_modules: Sequence[str] = ()) -> LoraConfig:
     """Return ``config`` if it is plain LoRA: ``W + scaling * B @ A`` with the base's own W.
 
     Args:
         config: Any configuration of peft.
         source: Where it comes from, as the subject of an error's sentence.
         remedy: What to do about a variant of LoRA: the error's last sentence.
+        trained_modules: Modules of the model that are trained in full, which may stand in ``modules_to_save``.
 
     Raises:
         ValueError: For another type of adapter, for variants of LoRA (DoRA, aLoRA, QALoRA, trained biases or tokens,
-            ``modules_to_save``, ...), and for an initialisation that changed the base.
+            other ``modules_to_save``, ...), and for an initialisation that changed the base.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{source} is a {config.peft_type} adapter. Only LoRA adapters are supported here.")
+    heads = {*trained_modules, *_HEADS_OF_PEFT} if trained_modules else set()
     default = LoraConfig()
     for option in dataclasses.fields(LoraConfig):
         value = getattr(config, option.name)
+        if option.name == "modules_to_save" and set(value or ()) <= heads:
+            continue
         # What is None, False or empty switches nothing on.
         if option.name not in _PLAIN and value and value != getattr(default, option.name):
             raise ValueError(

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .causal_lm import QLoRAForCausalLM
     from .compilation import CompileMode, compile_region
     from .families import FAMILIES, Family, load_config
+    from .sequence_classifier import QLoRAForSequenceClassification
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
@@ -17,6 +18,7 @@ __all__ = [
     "CompileMode",
     "Family",
     "QLoRAForCausalLM",
+    "QLoRAForSequenceClassification",
     "build_model",
     "compile_region",
     "load_config",

@@ -10,18 +10,19 @@ import torch.utils.checkpoint
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..attention import IMPLEMENTATION, AttentionBackend, register_attention
 from ..attention.choice import find_backend
 from ..checkpoints.loading import LoadReport, check_weights, load_weights
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
-from ..lora.config import check_lora, is_adapter, with_targets
+from ..lora.config import check_lora, with_targets
 from ..lora.initialization import init_lora
 from ..lora.linear import LoraLinear
 from ..quantization.nf4_linear import NF4Linear
 from .activation_offload import check_offload
-from .causal_lm import QLoRAForCausalLM, specialize
+from .causal_lm import LanguageModelHead
+from .decoder import Head, QLoRADecoder, specialize
 from .decoder_layer import CheckpointChoice, recomputed_layers
 from .families import family_of, layer_windows, load_config
 
@@ -35,8 +36,9 @@ def build_model(
     sliding_window: int | None = None,
     checkpoint_activations: CheckpointChoice = False,
     offload_activations: bool = False,
-) -> QLoRAForCausalLM:
-    """The model's structure on the meta device: 4-bit projections, LoRA in float32, everything else in ``dtype``.
+    head: Head = LanguageModelHead(),  # noqa: B008  frozen
+) -> QLoRADecoder:
+    """The model's structure on the meta device: 4-bit projections, what is trained in float32, the rest in ``dtype``.
 
     Whether a projection is 4-bit follows the checkpoint if that is quantized (some leave layers in 16 bit); all of
     them are if it is not.
@@ -44,12 +46,13 @@ def build_model(
     Args:
         checkpoint: The base model (only headers are read here).
         lora: The adapters, on any of the family's projections; on all of them if ``target_modules`` is ``None``.
-        dtype: Of embeddings, norms and head.
+        dtype: Of embeddings, norms and a frozen head.
         attention: What :func:`~lightning_qlora.modules.attention.choose_attention` chose, or its name.
         sliding_window: Attention window in tokens, the current one included, for a model without windows of its own.
         checkpoint_activations: Recompute all decoder layers in backward (non-reentrant), none, or the first so many.
             ``"auto"`` is for a memory plan to decide, and refused here.
         offload_activations: Keep the inputs of recomputed layers in host memory.
+        head: What the model computes from the decoder's hidden states, and which of its modules are trained in full.
 
     Raises:
         ValueError: If the model's family is unknown, ``lora`` is not supported, a layer would stay unquantized that
@@ -58,7 +61,7 @@ def build_model(
     return build_structure(
         load_config(checkpoint.directory), lora, stored=checkpoint, dtype=dtype, attention=attention,
         sliding_window=sliding_window, checkpoint_activations=checkpoint_activations,
-        offload_activations=offload_activations,
+        offload_activations=offload_activations, head=head,
     )  # fmt: skip
 
 
@@ -72,7 +75,8 @@ def build_structure(
     sliding_window: int | None = None,
     checkpoint_activations: CheckpointChoice = False,
     offload_activations: bool = False,
-) -> QLoRAForCausalLM:
+    head: Head = LanguageModelHead(),  # noqa: B008  frozen
+) -> QLoRADecoder:
     """:func:`build_model` from a configuration alone, as :func:`~.families.load_config` returns it.
 
     Args:
@@ -84,6 +88,7 @@ def build_structure(
         sliding_window: As of :func:`build_model`.
         checkpoint_activations: As of :func:`build_model`.
         offload_activations: As of :func:`build_model`.
+        head: As of :func:`build_model`.
 
     Raises:
         ValueError: As :func:`build_model`.
@@ -96,7 +101,7 @@ def build_structure(
     config.attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
         stock = family.model_class(config)
-    model = specialize(stock, family, attention=find_backend(attention), windows=windows)
+    model = specialize(stock, family, head, attention=find_backend(attention), windows=windows)
     _quantize(model.model, stored, dtype)
     _cast_unquantized(model, dtype)
     recomputed = recomputed_layers(checkpoint_activations, len(model.model.layers))
@@ -105,8 +110,9 @@ def build_structure(
     for index, layer in enumerate(model.model.layers):
         # The first ones: when their turn comes in backward, what the others kept is free again.
         layer.checkpoint_activations, layer.offload_activations = index < recomputed, offload_activations
-    lora = with_targets(check_lora(lora), family.projections)
+    lora = with_targets(check_lora(lora, head.trained_modules), family.projections)
     injected = copy.copy(lora)
+    injected.modules_to_save = None  # what is trained in full is trained in place, without peft's copy
     injected._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
     inject_adapter_in_model(injected, model, low_cpu_mem_usage=True)
     for name, module in model.named_modules():
@@ -149,15 +155,15 @@ def _projection(linear: nn.Linear, state: dict[str, Any] | None, dtype: torch.dt
     )
 
 
-def _cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
+def _cast_unquantized(model: QLoRADecoder, dtype: torch.dtype) -> None:
     quantized = {id(p) for m in model.modules() if isinstance(m, NF4Linear) for p in m.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in quantized and not model.is_trained(name):
             parameter.data = parameter.data.to(dtype)
 
 
 def materialize(
-    model: QLoRAForCausalLM, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
+    model: QLoRADecoder, checkpoint: SafetensorsCheckpoint, device: torch.device, *, seed: int,
     parameters_on: torch.device | None = None,
 ) -> LoadReport:  # fmt: skip
     """Allocate a meta model (after ``fully_shard``, so only this rank's part), and load and initialise all of it.
@@ -166,24 +172,24 @@ def materialize(
         model: From :func:`build_model`, sharded or not.
         checkpoint: The base model's weights.
         device: Where to compute, and where buffers live.
-        seed: Of the LoRA initialisation, which does not depend on the number of ranks.
+        seed: Of the initial values of what is trained, which do not depend on the number of ranks.
         parameters_on: Where parameters rest if not on ``device``: the CPU, when FSDP2 offloads them.
 
     Raises:
         ValueError: Before anything is allocated, if the checkpoint does not fill the model.
     """
-    check_weights(model, checkpoint, skip=is_adapter)
+    check_weights(model, checkpoint, skip=model.is_trained)
     model.to_empty(device=parameters_on or device)
     restore_buffers(model, device)
     if parameters_on is not None and parameters_on != device:
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(device))
-    if model.config.tie_word_embeddings:  # to_empty() unties them where FSDP does not hold them together
-        model.lm_head.weight = model.model.embed_tokens.weight
-    report = load_weights(model, checkpoint, skip=is_adapter)
+    model.tie_head()  # to_empty() unties them where FSDP does not hold them together
+    report = load_weights(model, checkpoint, skip=model.is_trained)
     init_lora(model, seed)
-    if (checkpoint.directory / "generation_config.json").is_file():
+    model.init_trained(seed)
+    if isinstance(model, PreTrainedModel) and (checkpoint.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return report
 

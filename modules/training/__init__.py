@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .memory_plan import MemoryPlan, plan_memory
     from .optimizer import ShardAdamW
     from .run_directory import RunDirectory
+    from .sequence_classifier import QLoRASequenceClassifier
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
-__all__ = ["MemoryPlan", "QLoRACausalLM", "RunDirectory", "ShardAdamW", "plan_memory"]
+__all__ = ["MemoryPlan", "QLoRACausalLM", "QLoRASequenceClassifier", "RunDirectory", "ShardAdamW", "plan_memory"]

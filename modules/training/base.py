@@ -31,9 +31,10 @@ from ..distributed.collectives import all_reduce_sum, gather_objects
 from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
 from ..hardware import compute_dtype
 from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
-from ..lora.config import adapter_lora, check_lora, default_lora, with_targets
+from ..lora.config import adapter_lora, check_lora, default_lora, with_head, with_targets
 from ..models.build import build_model, materialize
-from ..models.causal_lm import QLoRAForCausalLM
+from ..models.causal_lm import LanguageModelHead
+from ..models.decoder import Head, QLoRADecoder
 from ..models.decoder_layer import CheckpointChoice
 from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
 from ..models.options import ComputeOptions
@@ -95,6 +96,7 @@ class QLoRAModule(L.LightningModule):
         compute: Activation checkpointing and offloading, attention, sliding window and compilation.
         packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
         compile_backend: As in :func:`~lightning_qlora.modules.models.compilation.compile_region`.
+        head: What the model computes from the decoder's hidden states; default a language model's logits and loss.
         init_adapter: Directory of a peft LoRA adapter to continue from.
         model_name: How reports and the saved adapter name the base; default ``model_dir``.
         seed: Of the LoRA initialisation and of dropout.
@@ -118,6 +120,7 @@ class QLoRAModule(L.LightningModule):
         compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
+        head: Head = LanguageModelHead(),  # noqa: B008  frozen
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
@@ -135,7 +138,8 @@ class QLoRAModule(L.LightningModule):
         config = load_config(self.model_dir)
         if lora is None:
             lora = default_lora() if init_adapter is None else adapter_lora(init_adapter)
-        self.lora = with_targets(check_lora(lora), family_of(config).projections)
+        lora = with_head(check_lora(lora, head.trained_modules), head.trained_modules, head.task_type)
+        self.head, self.lora = head, with_targets(lora, family_of(config).projections)
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay = weight_decay
         layer_windows(config, compute.sliding_window)  # refuses what does not go together
@@ -147,8 +151,8 @@ class QLoRAModule(L.LightningModule):
         self.seed = seed
         self.base = SafetensorsCheckpoint(self.model_dir)
         self.identity = BaseIdentity.of(self.base, self.lora)
-        self.strict_loading = False  # checkpoints hold the adapters only
-        self.model: QLoRAForCausalLM | None = None
+        self.strict_loading = False  # checkpoints hold only what is trained
+        self.model: QLoRADecoder | None = None
         self.chat_format: ChatFormat | None = None
         """How the finetuned model is talked to, if that is known: saved with adapters, and used for answers."""
         self._load: LoadReport | None = None
@@ -168,7 +172,7 @@ class QLoRAModule(L.LightningModule):
         model = build_model(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.compute.sliding_window,
             checkpoint_activations=self._checkpoints(device),
-            offload_activations=self.compute.offload_activations,
+            offload_activations=self.compute.offload_activations, head=self.head,
         )  # fmt: skip
         model.compile_regions(self.compute.compile, backend=self.compile_backend)
         self.adapt(model)
@@ -208,7 +212,7 @@ class QLoRAModule(L.LightningModule):
         rank_zero_info(f"Attention: {backend.name}. {reason}")
         return backend
 
-    def adapt(self, model: QLoRAForCausalLM) -> None:
+    def adapt(self, model: Any) -> None:
         """Change the model's structure before it is sharded and loaded: for subclasses, nothing here."""
 
     def loss_sum(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
@@ -234,7 +238,7 @@ class QLoRAModule(L.LightningModule):
         return sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
 
     @property
-    def _model(self) -> QLoRAForCausalLM:
+    def _model(self) -> QLoRADecoder:
         if self.model is None:
             raise RuntimeError("The model does not exist before configure_model(), which the Trainer calls.")
         return self.model
@@ -362,7 +366,7 @@ class QLoRAModule(L.LightningModule):
         self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW on the adapters, with a schedule by step."""
+        """AdamW on what is trained, with a schedule by step."""
         trained = [p for p in self.parameters() if p.requires_grad]
         missing = [n for n, p in self.named_parameters() if p.requires_grad != self._model.is_trained(n)]
         assert not missing, f"requires_grad is wrong for {missing[:3]}"

@@ -30,6 +30,7 @@ def load_finetuned(model_dir: str | Path, adapter: str | Path | None = None) -> 
     model = build_model(checkpoint, lora, dtype=compute_dtype(check_precision("auto")))
     materialize(model, checkpoint, device, seed=0)
     checkpoint.close()
+    assert isinstance(model, QLoRAForCausalLM)  # the default head's
     if adapter is not None:
         load_adapter(model, adapter, lora)
     return model.eval()

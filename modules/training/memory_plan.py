@@ -49,6 +49,8 @@ from ..lora.config import is_adapter
 from ..losses.chunked import EAGER_BYTES_PER_LOGIT, auto_chunk_tokens
 from ..models.activation_offload import check_offload
 from ..models.build import build_structure
+from ..models.causal_lm import LanguageModelHead, QLoRAForCausalLM
+from ..models.decoder import Head
 from ..models.decoder_layer import CheckpointChoice, recomputed_layers
 from ..models.families import attention_softcap, head_dim
 from ..models.options import ComputeOptions
@@ -81,6 +83,7 @@ class Settings:
             ``"auto"``: as few as fit into ``limit_bytes``, or none without a limit; :func:`plan_memory` finds how many.
         offload_activations: What they are recomputed from waits on the host.
         limit_bytes: What a process may take of its device.
+        head: What the model computes from hidden states.
         compile: Whether decoder layers are compiled.
         accumulate: Micro-batches a step; above 1 gradients are there all the time, unsharded until the last.
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
@@ -111,6 +114,7 @@ class Settings:
     shard_size: int | None = None
     compute_capability: tuple[int, int] | None = None
     limit_bytes: int | None = None
+    head: Head = LanguageModelHead()  # noqa: RUF009  frozen
     model: _Model = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     @classmethod
@@ -125,6 +129,7 @@ class Settings:
         seq_len: int,
         accumulate: int = 1,
         device: Capabilities | None = None,
+        head: Head = LanguageModelHead(),  # noqa: B008  frozen
     ) -> Settings:
         """From the groups of flags; a precision of ``"auto"`` is this machine's. ``device`` is ``None`` for a CPU."""
         device = device if device is not None and device.device_type == "cuda" else None
@@ -138,6 +143,7 @@ class Settings:
             shard_size=strategy.shard_size, checkpoint_activations=compute.checkpoint_activations,
             offload_activations=compute.offload_activations, compile=compute.compile != "off",
             compute_capability=None if device is None else device.compute_capability, limit_bytes=limit,
+            head=head,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -146,7 +152,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_offload(checkpoint_activations=self.checkpoint_activations, offload_activations=self.offload_activations)
         if self.model is None:  # else it is of settings that differ in something else
-            object.__setattr__(self, "model", _Model.of(self.config, self.lora, compute_dtype(self.precision)))
+            object.__setattr__(
+                self, "model", _Model.of(self.config, self.lora, compute_dtype(self.precision), self.head)
+            )
         recomputed = recomputed_layers(self.checkpoint_activations, len(self.model.layers))
         object.__setattr__(self, "checkpoint_activations", recomputed)
 
@@ -326,7 +334,7 @@ class _Parameters:
         return sum(_rows(rows, shards) * width * size for rows, width, size in self.frozen)
 
     def adapter_values(self, shards: int) -> int:
-        """Numbers in a rank's adapters."""
+        """Numbers of a rank that are trained: adapters or, of a model's ends, a head."""
         return sum(_rows(rows, shards) * width for rows, width in self.adapters)
 
 
@@ -398,15 +406,19 @@ class _Model:
 
     layers: tuple[_Layer, ...]
     ends: _Parameters  # embeddings, last norm and head
+    has_logits: bool  # of the vocabulary
+    ties_embeddings: bool
 
     @classmethod
-    def of(cls, config: PretrainedConfig, lora: LoraConfig, dtype: torch.dtype) -> _Model:
-        model = build_structure(config, lora, dtype=dtype)
+    def of(cls, config: PretrainedConfig, lora: LoraConfig, dtype: torch.dtype, head: Head) -> _Model:
+        model = build_structure(config, lora, dtype=dtype, head=head)
         layers = [*model.model.layers]
         inside = {id(p) for layer in layers for p in layer.parameters()}
         return cls(
             tuple(_Layer.of(layer) for layer in layers),
             _Parameters.of(p for p in model.parameters() if id(p) not in inside),
+            isinstance(model, QLoRAForCausalLM),
+            bool(model.config.tie_word_embeddings),
         )
 
 
@@ -520,6 +532,8 @@ def _pinned_bytes(nbytes: int) -> int:
 def _loss_bytes(s: Settings) -> int:
     """The final norm's float32 input, its result and the gradient of that, and a chunk of logits."""
     c, tokens, dtype = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision)
+    if not s.model.has_logits:
+        return int(tokens * c.hidden_size * (2 * dtype.itemsize + 4))
     on_gpu = s.compute_capability is not None
     chunk = min(tokens, auto_chunk_tokens(c.vocab_size, dtype, compiled=on_gpu))
     # Compiled, the gradient replaces the logits. Otherwise the loss has its own; float32 needs no upcast.
@@ -549,25 +563,28 @@ def plan_memory(settings: Settings) -> MemoryPlan:
     tokens = s.batch_size * s.seq_len
     one_input = tokens * c.hidden_size * value
     adapters = _adapter_bytes(s, sum(layer.parameters.adapter_values(s.shards) for layer in layers))
+    head = 4 * s.model.ends.adapter_values(s.shards)  # float32 in every precision
     matrix = c.vocab_size * c.hidden_size * value
 
     resident = {
         "4-bit layers": sum(layer.parameters.frozen_bytes(s.shards) for layer in layers),
         "embeddings and head": s.model.ends.frozen_bytes(s.shards),
         "adapters": adapters,
-        "optimizer state": 2 * adapters,
+        "trained head": head,
+        "optimizer state": 2 * (adapters + head),
     }
     host = 0
     if s.offload:
-        host, resident = sum(resident.values()) + adapters, {}
+        host, resident = sum(resident.values()) + adapters + head, {}
     resident["statistics"] = sum(layer.statistics for layer in layers)
     resident["workspace"] = _workspace_bytes(s)
 
-    gradients = 0 if s.offload else adapters
+    gradients = 0 if s.offload else adapters + head
     if s.accumulate == 1 and s.strategy != "ddp":
         early_gradients = 0
     elif s.is_sharded and s.shards > 1:  # not reduced before the last micro-batch
         early_gradients = _adapter_bytes(s, sum(layer.parameters.adapter_values(1) for layer in layers))
+        early_gradients += 4 * s.model.ends.adapter_values(1)
     else:
         early_gradients = gradients
 
@@ -618,6 +635,8 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         "step": {**resident, "gradients": max(gradients, early_gradients)},
     }
     if s.is_sharded:
+        if not s.model.has_logits:  # a language model's head takes as much while more is there
+            moments = {"embedding": dict(resident), **moments}
         _add_gathered(s, moments, matrix)
     return MemoryPlan(s, {name: {p: n for p, n in parts.items() if n} for name, parts in moments.items()}, host)
 
@@ -632,7 +651,9 @@ def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int) 
         backward["gathered layers"] = group + arriving
     else:
         loss["gathered layers"] = backward["gathered layers"] = everything
-    if s.config.tie_word_embeddings:  # with the root, which stays gathered; the last layer's arrival is freed after it
+    if not s.model.has_logits:
+        moments["embedding"]["gathered embeddings"] = matrix * (2 if s.shards > 1 else 1)
+    elif s.model.ties_embeddings:  # with the root, which stays gathered; the last layer's arrival is freed after it
         loss["gathered layers"] = loss.get("gathered layers", 0) + arriving
         loss["gathered embeddings"] = backward["gathered embeddings"] = matrix
     elif s.shards > 1:  # as it arrives, so does the last layer, whose buffer is gone when the loss starts

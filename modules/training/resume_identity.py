@@ -12,7 +12,7 @@ from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..models.families import load_config
 
 #: What older checkpoints do not hold.
-_LATER_IN_IDENTITY = {"lora_use_rslora", "lora_rank_pattern", "lora_alpha_pattern"}
+_LATER_IN_IDENTITY = {"lora_use_rslora", "lora_rank_pattern", "lora_alpha_pattern", "trained_modules"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class BaseIdentity:
     lora_use_rslora: bool
     lora_rank_pattern: tuple[tuple[str, int], ...]  # in order: the first that matches a layer's name counts
     lora_alpha_pattern: tuple[tuple[str, float], ...]
+    trained_modules: tuple[str, ...]  # in full, beside the adapters
 
     @classmethod
     def of(cls, checkpoint: SafetensorsCheckpoint, lora: LoraConfig) -> BaseIdentity:
@@ -38,6 +39,7 @@ class BaseIdentity:
             checkpoint.fingerprint(), config.hidden_size, config.num_hidden_layers, config.vocab_size, lora.r,
             float(lora.lora_alpha), tuple(sorted(lora.target_modules or ())), lora.use_rslora,
             tuple((lora.rank_pattern or {}).items()), tuple((lora.alpha_pattern or {}).items()),
+            tuple(lora.modules_to_save or ()),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class BaseIdentity:
         return {
             **dataclasses.asdict(self),
             "lora_targets": list(self.lora_targets),
+            "trained_modules": list(self.trained_modules),
             "lora_rank_pattern": [list(pair) for pair in self.lora_rank_pattern],
             "lora_alpha_pattern": [list(pair) for pair in self.lora_alpha_pattern],
         }

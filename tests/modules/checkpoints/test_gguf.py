@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from lightning_qlora.modules.checkpoints import cache, gguf
+from lightning_qlora.modules import downloads
+from lightning_qlora.modules.checkpoints import gguf
 from lightning_qlora.modules.checkpoints.gguf_config import _llama3
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.models.families import FAMILIES, load_config
@@ -213,7 +214,7 @@ def test_what_would_be_lost_is_refused(write, message, tiny_llama_dir, tmp_path,
         resolve_model(write(tiny_llama_dir, tmp_path / "m.gguf"))
     assert str(tmp_path / "m.gguf") in str(error.value)
     assert "Pass --model with" in str(error.value) or "Download it again" in str(error.value)
-    assert [path.suffix for path in cache.conversions_dir().iterdir()] == [".lock"]
+    assert [path.suffix for path in downloads.conversions_dir().iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_what_is_no_model_of_a_known_architecture_is_refused(fields, message):
 def test_conversions_of_another_format_are_made_anew(tiny_llama_dir, tmp_path, monkeypatch):
     path = write_gguf(tiny_llama_dir, tmp_path / "m.gguf")
     now = resolve_model(path)
-    monkeypatch.setattr(cache, "CONVERSION_FORMAT", cache.CONVERSION_FORMAT + 1)
+    monkeypatch.setattr(downloads, "CONVERSION_FORMAT", downloads.CONVERSION_FORMAT + 1)
     later = resolve_model(path)
     assert now != later
     assert now.name == later.name

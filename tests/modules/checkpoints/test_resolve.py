@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 
 from lightning_qlora.modules.checkpoints import demo_model, resolve
 from lightning_qlora.modules.checkpoints import gguf as gguf_files
-from lightning_qlora.modules.checkpoints.cache import cache_dir, conversions_dir
 from lightning_qlora.modules.checkpoints.demo_model import DEMO_MODEL
 from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
+from lightning_qlora.modules.downloads import cache_dir, conversions_dir
 from tests.gguf_files import write_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
