@@ -50,7 +50,7 @@ def check_weights(
     Every tensor is accounted for: see :meth:`SafetensorsCheckpoint.check_filled`.
 
     Args:
-        model: As for :func:`load_weights`.
+        model: As for :func:`load_weights`. Its ``unused_weights``, if it has any, name what it leaves out.
         checkpoint: The base model's tensors.
         skip: As for :func:`load_weights`.
 
@@ -73,7 +73,7 @@ def check_weights(
         for part, size in sizes.items():
             _check(checkpoint, name + part, "size in bytes", checkpoint.nbytes(name + part), size)
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    checkpoint.check_filled(targets, tied_head=tied)
+    checkpoint.check_filled(targets, tied_head=tied, unused=getattr(model, "unused_weights", ()))
 
 
 @torch.no_grad()

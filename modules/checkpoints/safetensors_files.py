@@ -189,7 +189,7 @@ class SafetensorsCheckpoint:
                 continue
             raise ValueError(f"{self.directory} holds weights quantized by {scheme} ({name!r}). {ONLY_BITSANDBYTES}")
 
-    def check_filled(self, wanted: Iterable[str], *, tied_head: bool = False) -> None:
+    def check_filled(self, wanted: Iterable[str], *, tied_head: bool = False, unused: Iterable[str] = ()) -> None:
         """Check from headers that a model's tensors are all there and that none is left over.
 
         What may be left over: rotary frequencies and causal masks, and the head's weight where it is the embedding's.
@@ -198,11 +198,12 @@ class SafetensorsCheckpoint:
         Args:
             wanted: Names of the model's parameters.
             tied_head: Whether the model's head shares the embedding's weight.
+            unused: Names of what the model leaves out knowingly, such as the head that a classifier replaces.
 
         Raises:
             ValueError: Naming what is missing and what nobody takes; or if a head that should be the embedding is not.
         """
-        wanted = set(wanted)
+        wanted = {*wanted, *(name for name in unused if name in self)}
         if tied_head and _HEAD in self and _HEAD not in wanted:
             self._check_tied()
             wanted.add(_HEAD)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,11 @@ class QLoRADecoder(nn.Module):
         attention_backend: What computes attention; ``None`` for what transformers' configuration says.
         windows: The distinct attention windows of its layers in tokens, ``None`` for full causal attention.
         is_compiled: Whether :meth:`compile_regions` was called.
+        unused_weights: Names of the base checkpoint's weights that this model has no place for, because its head
+            replaces them.
     """
 
+    unused_weights: ClassVar[tuple[str, ...]] = ()
     config: PretrainedConfig
     family: Family
     attention_backend: AttentionBackend | None

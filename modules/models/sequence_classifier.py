@@ -54,6 +54,8 @@ class QLoRAForSequenceClassification(QLoRADecoder):
         score: The head.
     """
 
+    unused_weights: ClassVar = ("lm_head.weight",)
+
     def __init__(self, decoder: nn.Module, num_labels: int) -> None:
         super().__init__()
         self.model: Any = decoder
