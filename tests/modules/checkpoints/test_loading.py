@@ -455,7 +455,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_a_few_chunks_beside_the_model_and_no_mapped_pages(tmp_path):
-    rows = 5 * CHUNK_BYTES // 1024
+    rows = 8 * CHUNK_BYTES // 1024
     save_file({"weight": torch.ones(rows, 512, dtype=torch.float16)}, tmp_path / "model.safetensors")
     model = nn.Embedding(rows, 512)  # float32
     with torch.no_grad():
@@ -477,10 +477,10 @@ def test_loading_holds_a_few_chunks_beside_the_model_and_no_mapped_pages(tmp_pat
         done.set()
         thread.join()
     assert model.weight.min() == 1
-    assert report.bytes_read == 5 * CHUNK_BYTES
+    assert report.bytes_read == 8 * CHUNK_BYTES
     assert report.seconds > 0
-    # One chunk as stored, one converted, and what malloc keeps.
-    assert max(peak, resident_bytes()) - start < 3.5 * CHUNK_BYTES
+    # One chunk as stored (float16), one converted (twice that), and what malloc keeps of them and of earlier tests.
+    assert max(peak, resident_bytes()) - start < 5.5 * CHUNK_BYTES
 
 
 def load_sharded(directory: Path, device: str) -> tuple[int, dict[str, Tensor]]:
