@@ -77,6 +77,7 @@ def classification_metrics(
             figures["r2"] = float(r2_score(logits.squeeze(1), labels.squeeze(1)))
         return ClassificationMetrics(texts, figures, {}, [])
     options: dict[str, Any]
+    each: tuple[Any, ...]
     if problem_type == "single_label_classification":
         options = {"preds": logits, "target": labels, "num_classes": count}
         given = torch.nn.functional.one_hot(labels, count)

@@ -41,9 +41,11 @@ def lora(family: Family) -> LoraConfig:
     return with_head(with_targets(default_lora(4), family.projections), HEAD.trained_modules, HEAD.task_type)
 
 
-def load(directory: Path, family: Family, **options: Any) -> QLoRAForSequenceClassification:
+def load(directory: Path, family: Family, backend: str | None = None, **options: Any) -> QLoRAForSequenceClassification:
     checkpoint = SafetensorsCheckpoint(directory)
     model = build_model(checkpoint, lora(family), head=HEAD, **{"attention": attention_for(family), **options})
+    if backend is not None:
+        model.compile_regions(backend=backend)
     materialize(model, checkpoint, torch.device("cpu"), seed=0)
     assert isinstance(model, QLoRAForSequenceClassification)
     for number, (name, parameter) in enumerate(sorted(model.named_parameters())):
@@ -172,3 +174,26 @@ def test_the_head_stays_in_float32_and_computes_in_it(directory, family):
         logits = model(input_ids=texts()[0][None]).logits
     assert logits.dtype == torch.float32
     assert [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name] == ["score.weight"]
+
+
+def test_compiled_layers_give_the_same_step_on_packed_rows(tmp_path, fresh_graphs):
+    llama = FAMILIES["llama"]
+    directory = save(tmp_path, llama)
+    lengths = [LENGTHS[:2], [*LENGTHS[2:], 9]]
+    packed = {
+        "input_ids": torch.stack([torch.cat(texts()[:2]), torch.cat([*texts()[2:], torch.full((9,), PAD)])]),
+        "position_ids": torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths]),
+        "document_lengths": lengths,
+        "last_tokens": torch.tensor([6, 18, 19, 28]),
+    }
+    found = []
+    for backend in (None, "aot_eager"):
+        model = load(directory, llama, backend)
+        loss = nn.functional.cross_entropy(model(**packed).logits, torch.tensor([0, 2, 1, 1]))
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (eager, expected), (compiled, ours) = found
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
