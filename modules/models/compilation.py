@@ -81,8 +81,16 @@ def _class_of_kind(cls: type[nn.Module], kind: Hashable) -> type[nn.Module]:
     """``cls`` whose ``forward`` has a code object of its own, by which torch.compile stores and counts graphs."""
     if kind is None:
         return cls
-    own: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    forward = own.forward  # transformers wraps it anew in some versions
+
+    def keep_forward(subclass: Any, **kwargs: Any) -> None:
+        # FSDP2 subclasses what it shards, and transformers wraps the forward of every subclass in the same code again.
+        super(own, subclass).__init_subclass__(**kwargs)
+        if "forward" in vars(subclass):
+            del subclass.forward
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    own: Any = type(cls.__name__, (cls,), {**names, "__init_subclass__": classmethod(keep_forward)})  # type: ignore[arg-type]
+    forward = own.forward
     own.forward = types.FunctionType(
         forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )

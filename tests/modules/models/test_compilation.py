@@ -6,7 +6,9 @@ code is generated in the slow tests.
 Shapes: B samples, S tokens a sample.
 """
 
+import copy
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsChe
 from lightning_qlora.modules.distributed.fsdp2 import FSDP2Strategy
 from lightning_qlora.modules.lora.config import default_lora
 from lightning_qlora.modules.lora.linear import LoraLinear
-from lightning_qlora.modules.models.build import build_model, materialize
+from lightning_qlora.modules.models.build import build_model, materialize, restore_buffers
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.compilation import compile_region
 from lightning_qlora.modules.models.options import ComputeOptions
@@ -81,6 +83,34 @@ def assert_same_step(compiled: QLoRAForCausalLM, eager: QLoRAForCausalLM, ids: T
 
 
 # --- graphs
+
+
+def test_kinds_of_layers_do_not_share_the_limit_of_graphs(tiny_llama_dir):
+    """Two windows, recomputed or not: in training and validation, of one row and of more, 16 graphs, where torch allows
+    8 for a function. FSDP2 makes a subclass of each layer's class."""
+    checkpoint, graphs = SafetensorsCheckpoint(tiny_llama_dir), Graphs("eager")
+    model = build_model(checkpoint, default_lora(4))
+    layers = model.model.layers
+    layers.extend(copy.deepcopy(layer) for layer in list(layers))
+    model.model.config.num_hidden_layers = 4
+    for layer, (window, recomputed) in zip(layers, itertools.product((None, 5), (False, True)), strict=True):
+        layer.self_attn.attention_window, layer.checkpoint_activations = window, recomputed
+    model.windows = (None, 5)
+    model.compile_regions(backend=graphs)
+    classes = {type(layer) for layer in layers}
+    assert len(classes) == 4
+    for cls in classes:
+        assert type(f"FSDP{cls.__name__}", (cls,), {}).forward is cls.forward
+    model.to_empty(device="cpu")
+    restore_buffers(model, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data.view(torch.uint8).zero_()
+    for shape in [(2, 9), (1, 9)]:
+        ids = token_ids(*shape)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            model.eval()(input_ids=ids, labels=ids)
+    assert graphs.count == 4 * 4 + 1 + 1  # and rotary embedding, last norm
 
 
 @pytest.mark.parametrize(
