@@ -129,13 +129,8 @@ def finetune(chunked: bool, directory: Path | None, ids: Tensor, device: str) ->
         for _, parameter in sorted(model.named_parameters()):
             torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.02)
     if chunked:
-        specialize(
-            model,
-            FAMILIES["llama"],
-            LanguageModelHead(),
-            attention=None,
-            windows=[None] * model.config.num_hidden_layers,
-        )
+        windows = [None] * model.config.num_hidden_layers
+        specialize(model, FAMILIES["llama"], LanguageModelHead(), attention=None, windows=windows)
     task = Finetune(model.train())
     trainer = L.Trainer(
         max_steps=len(ids), accelerator=device, devices=1, precision=default_precision(), logger=False,

@@ -66,6 +66,7 @@ class QLoRAForCausalLM(QLoRADecoder):
         use_cache = False if ours else use_cache
         kwargs.update(prepared)
         if labels is None:
+            # Uncompiled: a cache that grows by a token at a time would be compiled again and again.
             with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
                 return super().forward(
                     input_ids=input_ids,
