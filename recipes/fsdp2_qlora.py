@@ -15,7 +15,6 @@ checkpoints to --output_dir. Ctrl-C saves a checkpoint; --resume goes on from th
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -45,7 +44,7 @@ from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import attention_request, load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
+from lightning_qlora.modules.training.memory_plan import plan_run
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 from lightning_qlora.modules.training.run_directory import RunDirectory
 
@@ -82,26 +81,24 @@ def main(
             dtype=compute_dtype(strategy.precision),
         ),
     )
-    plan = plan_memory(
-        Settings.of(
-            config,
-            lora.config(),
-            strategy,
-            compute,
-            batch_size=batch.batch_size,
-            seq_len=batch.seq_len,
-            accumulate=batch.accumulate,
-            device=device,
-        )
+    planned = plan_run(
+        config,
+        lora.config(),
+        strategy,
+        compute,
+        batch_size=batch.batch_size,
+        seq_len=batch.seq_len,
+        accumulate=batch.accumulate,
+        device=device,
     )
-    compute = replace(compute, checkpoint_activations=plan.settings.recomputed)
+    strategy, compute, plan = planned.strategy, planned.compute, planned.memory
     too_much = plan.check()
     if rank_zero_only.rank == 0 and (run.dry_run or too_much):
         print(plan.table(), too_much or "", sep="\n", flush=True)
     if run.dry_run:
         return int(too_much is not None)
-    if rank_zero_only.rank == 0 and device.device_type == "cuda":
-        print(plan.checkpointing, flush=True)
+    if rank_zero_only.rank == 0:
+        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
 
     chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = ChatDataModule(
@@ -155,7 +152,7 @@ def main(
             MemoryReport(predicted=plan.parts if device.device_type == "cuda" else None),
             ThroughputReport(),
             *([CompileReport()] if compute.compile != "off" else []),
-            RunReport(files.report, html=True, metadata=flags),
+            RunReport(files.report, html=True, metadata=flags | planned.metadata),
             StepCheckpoint(files.checkpoints, checkpoints.save_every, adapters=files.adapters),
             stop,
         ],

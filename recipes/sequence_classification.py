@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -55,7 +54,7 @@ from lightning_qlora.modules.models.families import attention_request, load_conf
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.models.sequence_classifier import ClassificationHead
 from lightning_qlora.modules.training.classification_metrics import classification_metrics
-from lightning_qlora.modules.training.memory_plan import Settings, plan_memory
+from lightning_qlora.modules.training.memory_plan import plan_run
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 from lightning_qlora.modules.training.run_directory import RunDirectory
 from lightning_qlora.modules.training.sequence_classifier import QLoRASequenceClassifier
@@ -115,16 +114,18 @@ def main(
         vocab_size=config.vocab_size, predict_dataset=None if predict is None else str(predict),
     )  # fmt: skip
     data.load()
-    settings = Settings.of(
+    planned = plan_run(
         config, lora.config(), strategy, compute, batch_size=batch.batch_size, seq_len=batch.seq_len,
         accumulate=batch.accumulate, device=device, head=ClassificationHead(len(data.labels)),
     )  # fmt: skip
-    plan = plan_memory(settings)
+    strategy, compute, plan = planned.strategy, planned.compute, planned.memory
     too_much = plan.check()
     if rank_zero_only.rank == 0 and (run.dry_run or too_much):
         print(plan.table(), too_much or "", sep="\n", flush=True)
     if run.dry_run:
         return int(too_much is not None)
+    if rank_zero_only.rank == 0:
+        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
     files = RunDirectory(run.output_dir)
     if rank_zero_only.rank == 0:
         checkpoint = files.start(run.resume, flags)
@@ -135,7 +136,7 @@ def main(
         directory, lora.config(), labels=data.labels, problem_type=data.problem_type,
         class_weights=data.balanced_weights() if class_weights == "balanced" else None, tokenizer=data.tokenizer,
         learning_rate=optimization.lr, warmup_steps=optimization.warmup_steps, packing=batch.packing,
-        compute=replace(compute, checkpoint_activations=plan.settings.recomputed), init_adapter=lora.init_adapter,
+        compute=compute, init_adapter=lora.init_adapter,
         model_name=base_name(model.model, directory), seed=optimization.seed,
     )  # fmt: skip
     module.check_checkpoint(checkpoint)
@@ -154,7 +155,7 @@ def main(
             MemoryReport(predicted=plan.parts if device.device_type == "cuda" else None),
             ThroughputReport(),
             *([CompileReport()] if compute.compile != "off" else []),
-            RunReport(files.report, html=True, metadata=flags),
+            RunReport(files.report, html=True, metadata=flags | planned.metadata),
             StepCheckpoint(files.checkpoints, checkpoints.save_every, adapters=files.adapters),
             stop,
         ],

@@ -30,6 +30,9 @@ from .watchdog import WatchedProcesses
 
 StrategyName = Literal["fsdp2", "ddp", "single"]
 
+#: What ``--strategy`` takes: a strategy, or ``"auto"`` for the one that a memory plan finds faster.
+StrategyChoice = Literal["auto", StrategyName]
+
 
 @dataclass(frozen=True)
 class StrategyOptions:
@@ -37,7 +40,8 @@ class StrategyOptions:
 
     Args:
         strategy: fsdp2 shards the 4-bit base over all GPUs. ddp keeps a copy of it on each GPU, which is faster where
-            it fits. single trains on one device.
+            it fits. single trains on one device. auto takes ddp where its copy fits without much recomputation, else
+            fsdp2, and says why.
         devices: GPUs per node; on a machine without GPUs, processes on the CPU.
         num_nodes: Number of machines. Start the same command on each of them with torchrun.
         precision: auto takes bf16-mixed on GPUs with bf16 arithmetic, 16-mixed on older ones, and 32-true on the CPU.
@@ -53,7 +57,7 @@ class StrategyOptions:
             or a ``shard_size`` that does not divide the number of ranks.
     """
 
-    strategy: StrategyName = "fsdp2"
+    strategy: StrategyChoice = "fsdp2"
     devices: int = 1
     num_nodes: int = 1
     precision: PrecisionChoice = "auto"
@@ -64,29 +68,33 @@ class StrategyOptions:
     timeout_minutes: int = 30
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(StrategyName):
-            raise ValueError(f"strategy must be 'fsdp2', 'ddp' or 'single', got {self.strategy!r}.")
+        if self.strategy not in ("auto", *get_args(StrategyName)):
+            raise ValueError(f"strategy must be 'auto', 'fsdp2', 'ddp' or 'single', got {self.strategy!r}.")
         at_least(1, devices=self.devices, num_nodes=self.num_nodes, timeout_minutes=self.timeout_minutes)
         check_precision_name(self.precision)
-        if self.strategy == "fsdp2":
+        if self.strategy in ("auto", "fsdp2"):
             check_sharding(self.prefetch, self.shard_size)
             if self.world_size > 1:
                 check_shard_size(self.shard_size, self.num_nodes, self.devices)
             return
-        only_fsdp2 = {
-            "offload": self.offload,
-            "reshard_after_forward=False": not self.reshard_after_forward,
-            "prefetch": self.prefetch,
-            "shard_size": self.shard_size,
-        }
-        for option, is_set in only_fsdp2.items():
-            if is_set:
-                raise ValueError(f"{option} is for strategy 'fsdp2': {self.strategy!r} shards nothing. Leave it out.")
+        for option in self.sharding_options:
+            raise ValueError(f"{option} is for strategy 'fsdp2': {self.strategy!r} shards nothing. Leave it out.")
         if self.strategy == "single" and self.world_size > 1:
             raise ValueError(
                 f"strategy 'single' uses one device, not {self.world_size}. Set devices=1, or take 'ddp' where the "
                 "model fits on each device and 'fsdp2' where it does not."
             )
+
+    @property
+    def sharding_options(self) -> list[str]:
+        """The options that are set and that FSDP2 alone has."""
+        options = {
+            "offload": self.offload,
+            "reshard_after_forward=False": not self.reshard_after_forward,
+            "prefetch": self.prefetch,
+            "shard_size": self.shard_size,
+        }
+        return [option for option, is_set in options.items() if is_set]
 
     @property
     def world_size(self) -> int:
@@ -168,8 +176,10 @@ def build_strategy(
         checkpoints: How checkpoints are written; default ``CheckpointOptions()``. When they are is up to a callback.
 
     Raises:
-        ValueError: For a precision that the hardware lacks.
+        ValueError: For a precision that the hardware lacks, or ``"auto"``, which a memory plan replaces.
     """
+    if options.strategy == "auto":
+        raise ValueError("strategy='auto' needs a memory plan: pass the options that plan_run() returns.")
     timeout = timedelta(minutes=options.timeout_minutes)
     checkpoints = checkpoints or CheckpointOptions()
     saving: dict[str, Any] = {

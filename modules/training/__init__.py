@@ -6,11 +6,20 @@ from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from .causal_lm import QLoRACausalLM
-    from .memory_plan import MemoryPlan, plan_memory
+    from .memory_plan import MemoryPlan, RunPlan, plan_memory, plan_run
     from .optimizer import ShardAdamW
     from .run_directory import RunDirectory
     from .sequence_classifier import QLoRASequenceClassifier
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
-__all__ = ["MemoryPlan", "QLoRACausalLM", "QLoRASequenceClassifier", "RunDirectory", "ShardAdamW", "plan_memory"]
+__all__ = [
+    "MemoryPlan",
+    "QLoRACausalLM",
+    "QLoRASequenceClassifier",
+    "RunDirectory",
+    "RunPlan",
+    "ShardAdamW",
+    "plan_memory",
+    "plan_run",
+]

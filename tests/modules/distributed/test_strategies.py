@@ -333,7 +333,7 @@ def test_names_give_strategies() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("fsdp", {}, "strategy must be 'fsdp2', 'ddp' or 'single', got 'fsdp'"),
+        ("fsdp", {}, "strategy must be 'auto', 'fsdp2', 'ddp' or 'single', got 'fsdp'"),
         ("single", {"devices": 2}, "strategy 'single' uses one device, not 2. Set devices=1, or take 'ddp'"),
         ("fsdp2", {"devices": 2, "num_nodes": 2, "shard_size": 3}, "shard_size=3 does not divide the 4 ranks"),
         ("single", {"num_nodes": 2}, "strategy 'single' uses one device, not 2"),
