@@ -44,9 +44,9 @@ from lightning_qlora.modules.lora.config import LoraOptions
 from lightning_qlora.modules.models.families import attention_request, load_config
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.training.causal_lm import QLoRACausalLM
-from lightning_qlora.modules.training.memory_plan import plan_run
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 from lightning_qlora.modules.training.run_directory import RunDirectory
+from lightning_qlora.modules.training.run_plan import plan_run
 
 
 def main(

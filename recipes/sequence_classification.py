@@ -54,9 +54,9 @@ from lightning_qlora.modules.models.families import attention_request, load_conf
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.models.sequence_classifier import ClassificationHead
 from lightning_qlora.modules.training.classification_metrics import classification_metrics
-from lightning_qlora.modules.training.memory_plan import plan_run
 from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
 from lightning_qlora.modules.training.run_directory import RunDirectory
+from lightning_qlora.modules.training.run_plan import plan_run
 from lightning_qlora.modules.training.sequence_classifier import QLoRASequenceClassifier
 
 

@@ -6,9 +6,10 @@ from ..lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from .causal_lm import QLoRACausalLM
-    from .memory_plan import MemoryPlan, RunPlan, plan_memory, plan_run
+    from .memory_plan import MemoryPlan, plan_memory
     from .optimizer import ShardAdamW
     from .run_directory import RunDirectory
+    from .run_plan import RunPlan, plan_run
     from .sequence_classifier import QLoRASequenceClassifier
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
