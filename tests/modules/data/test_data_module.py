@@ -318,11 +318,10 @@ def test_steps_of_an_epoch_are_counted_as_lightning_takes_them(tokenizer, rows, 
     assert data.batches_in(7, devices=2, accumulate=2) == (3 * 3 + 2 if not packing else 7)
 
 
-def test_a_step_that_holds_less_than_accumulate_is_told_of(tokenizer, rows, caplog):
+def test_a_step_that_holds_less_than_accumulate_is_told_of(tokenizer, rows, said):
     data = module(tokenizer, rows)
-    with caplog.at_level("INFO"):
-        assert data.batches_in(6, devices=2, accumulate=8) == 6 * 3
-    assert "3 micro-batches per device, fewer than --accumulate=8: every step has 3, all of the data" in caplog.text
+    assert data.batches_in(6, devices=2, accumulate=8) == 6 * 3
+    assert "3 micro-batches per device, fewer than --accumulate=8: every step has 3, all of the data" in said[-1]
 
 
 @pytest.mark.parametrize("packing", [False, True])

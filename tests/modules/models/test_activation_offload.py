@@ -146,7 +146,9 @@ def test_there_must_be_checkpoints_to_offload(tiny_llama_dir):
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
         build_model(SafetensorsCheckpoint(tiny_llama_dir), lora, offload_activations=True)
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
-        QLoRACausalLM(tiny_llama_dir, lora, compute=ComputeOptions(offload_activations=True))
+        QLoRACausalLM(
+            tiny_llama_dir, lora, compute=ComputeOptions(checkpoint_activations="none", offload_activations=True)
+        )
     with pytest.raises(ValueError, match="Set checkpoint_activations too"):
         Settings(config=LlamaConfig(), lora=lora, batch_size=1, seq_len=8, offload_activations=True)
 
