@@ -99,7 +99,13 @@ def main(
         predict: Texts to classify after training, a file like dataset whose labels are not read.
     """
     flags = as_metadata(locals())  # nothing else is local yet
-    strategy, device, directory = strategy.check(), capabilities(), model.directory()
+    strategy = strategy.check()
+    files, checkpoint = RunDirectory(run.output_dir), None
+    if rank_zero_only.rank == 0 and not run.dry_run:
+        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
+    elif run.resume:
+        checkpoint = files.latest_checkpoint()
+    device, directory = capabilities(), model.directory()
     config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
         compute.attention,
@@ -126,11 +132,6 @@ def main(
         return int(too_much is not None)
     if rank_zero_only.rank == 0:
         print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
-    files = RunDirectory(run.output_dir)
-    if rank_zero_only.rank == 0:
-        checkpoint = files.start(run.resume, flags)
-    else:
-        checkpoint = files.latest_checkpoint() if run.resume else None
     optimization = optimization.in_steps(data.steps_per_epoch(strategy.world_size, batch.accumulate))
     module = QLoRASequenceClassifier(
         directory, lora.config(), labels=data.labels, problem_type=data.problem_type,
@@ -145,7 +146,8 @@ def main(
     trainer = L.Trainer(
         devices=strategy.devices, num_nodes=strategy.num_nodes, strategy=build_strategy(strategy, checkpoints),
         max_steps=optimization.max_steps, accumulate_grad_batches=batch.accumulate,
-        gradient_clip_val=optimization.clip_norm, val_check_interval=optimization.max_steps * batch.accumulate,
+        gradient_clip_val=optimization.clip_norm,
+        val_check_interval=max(1, data.batches_in(optimization.max_steps, strategy.world_size, batch.accumulate)),
         check_val_every_n_epoch=None, num_sanity_val_steps=0, inference_mode=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
@@ -169,6 +171,7 @@ def main(
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (files.root / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
             print(f"Wrote {files.root / 'predictions.jsonl'}.", flush=True)
+    files.release()
     return stop.exit_code
 
 
