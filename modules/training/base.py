@@ -38,7 +38,7 @@ from ..models.decoder import Head, QLoRADecoder
 from ..models.decoder_layer import CheckpointChoice
 from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
 from ..models.options import ComputeOptions
-from .memory_plan import CONTEXT_BYTES, GIB, NCCL_BYTES
+from .memory_plan import GIB, bytes_outside_allocator
 from .optimizer import ShardAdamW, global_norm, gradients, scale_
 from .resume_identity import BaseIdentity
 
@@ -168,6 +168,7 @@ class QLoRAModule(L.LightningModule):
         strategy = self.trainer.strategy
         dtype = compute_dtype(self.trainer.precision_plugin.precision)
         device, parameters_on = strategy.root_device, None
+        self._limit_memory(device)
         attention = self._attention(device, dtype)
         model = build_model(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.compute.sliding_window,
@@ -185,21 +186,24 @@ class QLoRAModule(L.LightningModule):
         self.model = model
 
     def _checkpoints(self, device: torch.device) -> CheckpointChoice:
-        """Which layers are recomputed, where nobody has planned it: on a GPU all of them. And the memory's limit."""
-        limit, choice = self.compute.memory_limit_gib, self.compute.checkpoint_activations
-        if device.type != "cuda":
-            return self.compute.offload_activations if choice == "auto" else choice
-        if limit is not None:
-            outside = CONTEXT_BYTES + (NCCL_BYTES if self.trainer.world_size > 1 else 0)
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit * GIB - outside) / total), device)
+        """Which layers are recomputed; where nobody has planned it, on a GPU all of them."""
+        choice = self.compute.checkpoint_activations
         if choice != "auto":
             return choice
+        if device.type != "cuda":
+            return self.compute.offload_activations
         rank_zero_info(
             "Activation checkpointing: all decoder layers are recomputed in backward, because no memory plan was made. "
             "plan_memory() says how many need to be; pass that number as checkpoint_activations."
         )
         return True
+
+    def _limit_memory(self, device: torch.device) -> None:
+        """Hold PyTorch's allocator to ``memory_limit_gib``."""
+        if device.type == "cuda" and self.compute.memory_limit_gib is not None:
+            allowed = self.compute.memory_limit_gib * GIB - bytes_outside_allocator(self.trainer.world_size)
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed) / total), device)
 
     def _attention(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """The backend, after having said which and why."""

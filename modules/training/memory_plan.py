@@ -62,6 +62,12 @@ GIB = 2**30
 #: libraries are of that size), and NCCL's buffers.
 CONTEXT_BYTES, NCCL_BYTES = 512 * 2**20, 256 * 2**20
 
+
+def bytes_outside_allocator(world_size: int) -> int:
+    """What a process of ``world_size`` takes of its device beside PyTorch's allocator."""
+    return CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+
+
 #: What lies unused between the allocator's blocks: a share of its memory, but at least so many bytes.
 FRAGMENTATION, LEAST_FRAGMENTATION_BYTES = 0.05, 128 * 2**20
 
@@ -224,8 +230,8 @@ class MemoryPlan:
     @property
     def device_bytes(self) -> int:
         """What the device must have: the peak, what lies unused in the allocator, and what is outside of it."""
-        outside = CONTEXT_BYTES + (NCCL_BYTES if self.settings.world_size > 1 else 0)
-        return self.total_bytes + max(int(self.total_bytes * FRAGMENTATION), LEAST_FRAGMENTATION_BYTES) + outside
+        gaps = max(int(self.total_bytes * FRAGMENTATION), LEAST_FRAGMENTATION_BYTES)
+        return self.total_bytes + gaps + bytes_outside_allocator(self.settings.world_size)
 
     def table(self) -> str:
         """Parts by moments in GiB, the peak marked."""
