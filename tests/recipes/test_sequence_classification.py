@@ -53,3 +53,15 @@ def test_training_learns_and_everything_is_written(dataset, tiny_llama_dir, tmp_
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in predictions)
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+
+
+def test_a_run_whose_steps_are_whole_epochs_is_validated(dataset, tiny_llama_dir, tmp_path):
+    """The data are 6 micro-batches, and a step would take 50."""
+    flags: dict[str, Any] = {
+        "model": str(tiny_llama_dir), "dataset": str(dataset), "output_dir": tmp_path / "run", "max_steps": 2,
+        "accumulate": 50, "batch_size": 16, "seq_len": 32, "lora_r": 8, "precision": "32-true",
+    }  # fmt: skip
+    assert call(recipe_module("sequence_classification"), **flags) == 0
+    report = load_report(tmp_path / "run" / "report.json")
+    assert len(report["losses"]) == 2
+    assert report["sections"]["classification"]["texts"] == 9
