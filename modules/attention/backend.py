@@ -88,7 +88,7 @@ class AttentionBackend(abc.ABC):
 
     Attributes:
         name: For flags, messages and reports.
-        description: What computes, on one line, for help texts and README's table.
+        description: What computes, on one line, for help texts and the table of recipes/README.md.
         caps_scores: Whether it supports soft caps.
         drops_out: Whether it supports dropout of attention weights.
         holds_scores: Whether it holds S x S scores per head.
@@ -103,7 +103,7 @@ class AttentionBackend(abc.ABC):
     def supports(self, request: AttentionRequest) -> str | None:
         """Why this backend cannot do what is asked, or ``None`` if it can. Depends on nothing but the request.
 
-        The reason is a clause that continues the name: ``"needs a GPU, but this is the CPU"``. README's table shows it
+        The reason is a clause that continues the name: ``"needs a GPU, but this is the CPU"``. The table of recipes/README.md shows it
         up to ``", but"``. Subclasses name what they lack themselves and leave soft caps and dropout to this method.
         """
         if request.softcap and not self.caps_scores:

@@ -13,7 +13,7 @@ from .flex import FlexAttention
 from .sdpa import SDPA, SDPA_REPEATED_KV
 from .varlen import FlashAttention, XformersAttention
 
-#: All backends by name. Flags, help texts, messages, README's table and the benchmarks follow from it.
+#: All backends by name. Flags, help texts, messages, the table of recipes/README.md and the benchmarks follow from it.
 BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (SDPA, FlexAttention(), FlashAttention(), XformersAttention(), EagerAttention())
@@ -129,7 +129,7 @@ def _remedy(request: AttentionRequest) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-# ------------------------------------------------------------------------------------------------------ README's table
+# ------------------------------------------------------------------------------------- the table of recipes/README.md
 
 
 def attention_matrix() -> tuple[list[str], list[list[str]]]:

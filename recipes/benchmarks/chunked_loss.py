@@ -37,7 +37,7 @@ COLUMNS = [
     "peak above inputs, MiB",
     "of which gradients, MiB",
 ]
-#: Implementations in the README's table.
+#: Implementations in the table of the benchmarks' README.
 SHOWN = {
     "linear_loss",
     "linear_loss, bf16 sum",

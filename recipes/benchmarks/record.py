@@ -1,13 +1,14 @@
-"""Records of benchmarks: what ran, on what, when, and the tables of the README that are made from them.
+"""Records of benchmarks: what ran, on what, when, and the tables of the README files that are generated from them.
 
 A record is a JSON file in ``results/``: ``name``, ``date``, ``commit``, ``device``, ``versions``, ``command``,
-``columns`` and ``rows`` (one list a row, in the order of the columns), and ``notes``; perhaps ``shown``, the numbers of
-the rows that the README shows. There, the lines between ``<!-- results: NAME -->`` and ``<!-- end -->`` are generated:
+``columns`` and ``rows`` (one list per row, in the order of the columns), and ``notes``; perhaps ``shown``, the numbers
+of the rows that are shown. On each page the lines from ``<!-- results: NAME -->`` to ``<!-- end -->`` are generated:
 
-    python recipes/benchmarks/record.py          # rewrite the README's tables
+    python recipes/benchmarks/record.py          # rewrite the tables
     python recipes/benchmarks/record.py --check  # fail if they are out of date
 
-Of one table there is no record: ``attention_matrix`` says what the attention backends support, as they say themselves.
+Two tables are not a record: ``headline`` sets figures of several records beside their peers', and ``attention_matrix``
+shows what the attention backends support, as they say themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +25,33 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+#: Rows of the headline table: what was measured, its record, the first cells of our row, the peer, and those of its row.
+HEADLINES = [
+    ("QLoRA step, Llama-3.1-8B, 1 GPU, 2 x 2048 tokens", "train_step",
+     ["lightning-qlora single, compile default", "llama-3.1-8b"],
+     "transformers + peft", ["transformers + peft", "llama-3.1-8b"]),
+    ("QLoRA step, Llama-3.2-1B, 1 GPU, 4 x 2048 tokens", "train_step",
+     ["lightning-qlora single, compile default", "llama-3.2-1b"],
+     "transformers + peft", ["transformers + peft", "llama-3.2-1b"]),
+    ("QLoRA step, Llama-3.1-8B, 2 GPUs, 2 x 2048 tokens per GPU", "train_step",
+     ["lightning-qlora fsdp2, compile default (at 77096fd)"],
+     "accelerate FSDP2", ["accelerate FSDP2 (at 77096fd)"]),
+    ("QLoRA step, Qwen3-8B, 1 GPU, 2 x 2048 tokens", "families",
+     ["lightning-qlora single, compile default", "qwen3-8b"],
+     "transformers + peft", ["transformers + peft", "qwen3-8b"]),
+    ("QLoRA step, Gemma2-2B, 1 GPU, 2 x 2048 tokens", "families",
+     ["lightning-qlora single, compile default", "gemma2-2b"],
+     "transformers + peft", ["transformers + peft", "gemma2-2b"]),
+    ("Linear + GRPO loss, 8192 tokens, vocabulary 128256", "chunked_loss",
+     ["GRPO, H 2048 bf16", "linear_loss"], "Liger", ["GRPO, H 2048 bf16", "Liger"]),
+    ("Linear + DPO loss, 8192 tokens, vocabulary 128256", "chunked_loss",
+     ["DPO, H 2048 bf16", "linear_loss"], "Liger", ["DPO, H 2048 bf16", "Liger"]),
+]  # fmt: skip
+#: What the headline table shows of a row, where its record has it, and in which unit.
+_FIGURES = {"tokens/s": "tokens/s", "p50, ms": "ms", "peak GPU, GiB": "GiB", "peak above inputs, MiB": "MiB"}
 PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "lightning")
+#: The README files with generated tables.
+PAGES = ("README.md", "recipes/README.md", "recipes/benchmarks/README.md")
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -86,16 +113,38 @@ def render(text: str, directory: Path = RESULTS) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
+        if match[2] == "headline":
+            return match[1] + headline(directory) + match[3]
         if match[2] == "attention_matrix":
             from lightning_qlora.modules.attention.choice import attention_matrix  # takes seconds
 
             return match[1] + "\n".join([*_lines(*attention_matrix()), ""]) + match[3]
         path = directory / f"{match[2]}.json"
         if not path.is_file():
-            raise ValueError(f"The README shows results {match[2]!r}, but there is no {path}.")
+            raise ValueError(f"The page shows results {match[2]!r}, but there is no {path}.")
         return match[1] + table(json.loads(path.read_text())) + match[3]
 
     return _BLOCK.sub(block, text)
+
+
+def headline(directory: Path = RESULTS) -> str:
+    """The headline table: one row per entry of :data:`HEADLINES`, ours beside the peer of the same record."""
+    rows, records = [], {}
+    for what, name, ours, peer, theirs in HEADLINES:
+        record = records.setdefault(name, json.loads((directory / f"{name}.json").read_text()))
+        shown = {unit: record["columns"].index(title) for title, unit in _FIGURES.items() if title in record["columns"]}
+        cells = []
+        for start in (ours, theirs):
+            row = next(row for row in record["rows"] if row[: len(start)] == start)
+            cells.append(", ".join(f"{_cell(row[column])} {unit}" for unit, column in shown.items()))
+        rows.append([what, cells[0], f"{peer}: {cells[1]}"])
+    origins = (
+        f"{record['name']} ({record['device']}, torch {record['versions']['torch']}, commit {record['commit'][:9]}, "
+        f"{record['date']})"
+        for record in records.values()
+    )
+    table = _lines(["measured", "lightning-qlora", "peer"], rows)
+    return "\n".join([*table, "", f"<sub>Records: {'; '.join(origins)}.</sub>", ""])
 
 
 def _lines(columns: list[str], rows: list[list[Any]]) -> list[str]:
@@ -137,18 +186,22 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> int:
-    """Rewrite, or with ``--check`` compare, the README's generated tables."""
-    parser = argparse.ArgumentParser(description="Make the README's tables from recorded results.")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is out of date")
+    """Rewrite the generated tables, or with ``--check`` compare them."""
+    parser = argparse.ArgumentParser(description="Make the tables of the README files from recorded results.")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = render(text)
-    if check and new != text:
-        print("README.md is out of date: run `python recipes/benchmarks/record.py`.", file=sys.stderr)
+    stale = []
+    for page in filter(Path.is_file, (ROOT / name for name in PAGES)):
+        text = page.read_text()
+        new = render(text)
+        if new == text:
+            continue
+        stale.append(str(page.relative_to(ROOT)))
+        if not check:
+            page.write_text(new)
+    if check and stale:
+        print(f"Out of date: {', '.join(stale)}. Run `python recipes/benchmarks/record.py`.", file=sys.stderr)
         return 1
-    if not check:
-        readme.write_text(new)
     return 0
 
 

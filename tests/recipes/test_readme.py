@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = {page: (ROOT / page).read_text() for page in ("README.md", "recipes/README.md", "recipes/benchmarks/README.md")}
+README = PAGES["README.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -44,23 +45,34 @@ def test_stale_table_is_noticed(tmp_path: Path) -> None:
     assert text.endswith("<!-- end -->\nafter\n")
 
 
-def test_links_and_paths_exist() -> None:
-    paths = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:recipes|kernels|modules)/[\w/]+\.py)`", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
+    paths = re.findall(r"((?:recipes|kernels|modules)/[\w/]+\.py)\b", PAGES[page])
     assert paths
-    for path in paths:
-        assert (ROOT / path).exists(), path
+    for path in [(ROOT / page).parent / link for link in links] + [ROOT / path for path in paths]:
+        assert path.exists(), path
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150, "Move what does not fit to recipes/README.md or to docstrings."
+
+
+def test_every_recipe_is_named() -> None:
+    recipes = {path.name for path in (ROOT / "recipes").iterdir() if path.suffix in (".py", ".ipynb")}
+    assert recipes == set(re.findall(r"^\| \[`recipes/([\w.]+)`\]", README, re.MULTILINE))
 
 
 def test_modules_named_can_be_imported() -> None:
-    names = re.findall(r"`(?:lightning_qlora\.)?((?:kernels|modules|callbacks)(?:\.\w+)?)`", README)
-    assert len(names) > 10
+    names = re.findall(r"`lightning_qlora\.((?:kernels|modules|callbacks)(?:\.\w+)?)`", "".join(PAGES.values()))
+    assert len(names) > 3
     for name in names:
         assert find_spec(f"lightning_qlora.{name}"), name
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+    for document in (*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text()):
         for target in re.findall(r"make (\w+)", document):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
