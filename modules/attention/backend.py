@@ -103,8 +103,9 @@ class AttentionBackend(abc.ABC):
     def supports(self, request: AttentionRequest) -> str | None:
         """Why this backend cannot do what is asked, or ``None`` if it can. Depends on nothing but the request.
 
-        The reason is a clause that continues the name: ``"needs a GPU, but this is the CPU"``. The table of recipes/README.md shows it
-        up to ``", but"``. Subclasses name what they lack themselves and leave soft caps and dropout to this method.
+        The reason is a clause that continues the name: ``"needs a GPU, but this is the CPU"``. The table of
+        recipes/README.md shows it up to ``", but"``. Subclasses name what they lack themselves and leave soft caps and
+        dropout to this method.
         """
         if request.softcap and not self.caps_scores:
             return "cannot cap scores, because its kernels take only a scale and a mask"

@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
-#: Rows of the headline table: what was measured, its record, the first cells of our row, the peer, and those of its row.
+#: Rows of the headline table: what was measured, its record, the first cells of our row, the peer, and of its row.
 HEADLINES = [
     ("QLoRA step, Llama-3.1-8B, 1 GPU, 2 x 2048 tokens", "train_step",
      ["lightning-qlora single, compile default", "llama-3.1-8b"],
