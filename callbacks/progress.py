@@ -34,7 +34,7 @@ class LossProgress(Callback):
             the last step are always printed.
         loss_key, grad_norm_key: metrics that ``training_step`` logs with ``on_step=True``.
         val_loss_key: the metric printed after a validation.
-        tokens_fn: tokens of a micro-batch on this rank, ``None`` if it cannot tell.
+        tokens_fn: tokens of a micro-batch on this rank, ``None`` if it cannot tell; default :func:`count_tokens`.
 
     Raises:
         ValueError: if ``every_n_steps`` is less than 1.
@@ -47,7 +47,7 @@ class LossProgress(Callback):
         loss_key: str = "train_loss",
         grad_norm_key: str = "grad_norm",
         val_loss_key: str = "val_loss",
-        tokens_fn: TokensFn = count_tokens,
+        tokens_fn: TokensFn | None = None,
     ) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
@@ -57,7 +57,7 @@ class LossProgress(Callback):
         self.grad_norm_key = grad_norm_key
         self.val_loss_key = val_loss_key
 
-        self._meter = StepMeter(tokens_fn)
+        self._meter = StepMeter(tokens_fn or count_tokens)
         self._began = 0.0
         self._first_step = 0
         self._total_steps: int | None = None

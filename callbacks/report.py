@@ -63,7 +63,7 @@ class RunReport(Callback):
         path: the file; its directory is created.
         loss_key: the metric to record, logged by ``training_step`` with ``on_step=True``.
         val_loss_key: the metric to record after each validation; without it ``val_losses`` stays empty.
-        tokens_fn: tokens of a micro-batch on this rank; returns ``None`` if it cannot tell.
+        tokens_fn: tokens of a micro-batch on this rank, ``None`` if it cannot tell; default :func:`count_tokens`.
         metadata: facts of the recipe, of JSON types; ``metadata["model"]`` becomes the field ``model``.
         flush_every_n_steps: optimizer steps between two writes, or more: writing, which takes the longer the more
             losses there are, is put off where it would take more than 0.5 % of the time.
@@ -81,7 +81,7 @@ class RunReport(Callback):
         *,
         loss_key: str = "train_loss",
         val_loss_key: str = "val_loss",
-        tokens_fn: TokensFn = count_tokens,
+        tokens_fn: TokensFn | None = None,
         metadata: Mapping[str, Any] | None = None,
         flush_every_n_steps: int = 20,
         warmup_steps: int = 1,
@@ -118,7 +118,7 @@ class RunReport(Callback):
         self._next_write = -math.inf  # by perf_counter
         self._resumed_from_step = 0
 
-        self._steps = TimedSteps(tokens_fn, warmup_steps)
+        self._steps = TimedSteps(tokens_fn or count_tokens, warmup_steps)
         self._tokens_per_s: float | None = None
         self._peak_memory_gib: list[float] = []
         self._devices: list[str] = []

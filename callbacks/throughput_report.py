@@ -154,7 +154,7 @@ class ThroughputReport(Callback):
 
     Args:
         flops: a function, ``"count"``, or ``None``: ask the module.
-        tokens_fn: tokens of a micro-batch on this rank; returns ``None`` if it cannot tell.
+        tokens_fn: tokens of a micro-batch on this rank, ``None`` if it cannot tell; default :func:`count_tokens`.
         warmup_steps: first optimizer steps that are not timed (compilation, autotuning, allocator growth).
         matmul_flops_per_s: a device's rate, if it is not to be measured.
 
@@ -168,7 +168,7 @@ class ThroughputReport(Callback):
         self,
         *,
         flops: FlopsFn | Literal["count"] | None = None,
-        tokens_fn: TokensFn = count_tokens,
+        tokens_fn: TokensFn | None = None,
         warmup_steps: int = 1,
         matmul_flops_per_s: float | None = None,
     ) -> None:
@@ -178,11 +178,12 @@ class ThroughputReport(Callback):
         if matmul_flops_per_s is not None and not matmul_flops_per_s > 0:
             raise ValueError(f"matmul_flops_per_s is {matmul_flops_per_s}, but a device's rate is positive")
         self.flops = flops
-        self.tokens_fn = tokens_fn
+        self.tokens_fn = tokens_fn or count_tokens
         self.matmul_flops_per_s = matmul_flops_per_s
 
         # The step in which FLOPs are counted compiles nothing yet: the warm-up comes after it.
-        self._steps = TimedSteps(tokens_fn, warmup_steps + (1 if flops == "count" and warmup_steps >= 0 else 0))
+        after = warmup_steps + (1 if flops == "count" and warmup_steps >= 0 else 0)
+        self._steps = TimedSteps(self.tokens_fn, after)
         self._rate: MatmulRate | None = None
         self._note = ""
         self._flops_of: Callable[[Any], float | Tensor | None] | None = None

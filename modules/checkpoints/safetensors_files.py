@@ -140,6 +140,10 @@ class SafetensorsCheckpoint:
         self._rename()
         self._refuse_other_quantizations()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SafetensorsCheckpoint:
+        """The same directory with files of its own, so that a copied module outlives the first one's ``close``."""
+        return SafetensorsCheckpoint(self.directory)
+
     def _read_index(self) -> dict[str, str] | None:
         path = self.directory / INDEX_NAME
         if not path.is_file():

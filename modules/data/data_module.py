@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .chat_template import tokenize_chats
 from .checks import BadRows, refuse_changes, require_at_least
@@ -76,7 +76,8 @@ class ChatDataModule(ResumableDataModule):
     are shuffled in each epoch. The loss of an epoch is that of the unpacked samples, in other batches.
 
     Args:
-        tokenizer: A fast tokenizer. It is not changed: with another chat template, :attr:`tokenizer` is a copy.
+        tokenizer: A fast tokenizer, or a directory or hub name that has one. It is not changed: with another chat
+            template, :attr:`tokenizer` is a copy.
         dataset: Anything :func:`load_chats` reads; or
             :class:`~lightning_qlora.modules.data.options.DataOptions`, which also say what to validate on, what to
             train of a chat, and how to write it.
@@ -114,7 +115,7 @@ class ChatDataModule(ResumableDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | str | Path,
         dataset: str | Path | DataOptions = DataOptions(),  # noqa: B008  frozen
         *,
         batch_size: int,
@@ -142,6 +143,8 @@ class ChatDataModule(ResumableDataModule):
             pad_to_multiple_of=(pad_to_multiple_of, 1),
         )
         self.options = dataset if isinstance(dataset, DataOptions) else DataOptions(str(dataset))
+        if isinstance(tokenizer, str | Path):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.tokenizer = tokenizer
         if self.options.chat_template is not None:
             self.tokenizer = copy.deepcopy(tokenizer)

@@ -79,16 +79,22 @@ class ResumableDataModule(L.LightningDataModule):
         epochs, rest = divmod(steps, self.steps_per_epoch(devices, accumulate))
         return epochs * per_epoch + rest * accumulate
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        """Return the loader of this rank's training batches."""
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Return the loader of this rank's training batches.
+
+        For ``Trainer(overfit_batches=...)``, which puts a sampler of its own into it, one that does not resume.
+        """
         dataset = self._loaded()[0]
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning sets it without declaring it
+            return self._in_fixed_order(dataset)
         return ResumableDataLoader(dataset, self._sampler(dataset), self.collator, self._batches_done, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         """Return the loader of this rank's held-out batches, in fixed order; an empty list if nothing is held out."""
         dataset = self._loaded()[1]
-        if not len(dataset):
-            return []
+        return self._in_fixed_order(dataset) if len(dataset) else []
+
+    def _in_fixed_order(self, dataset: SampleDataset) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

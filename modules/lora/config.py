@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
@@ -66,6 +67,16 @@ def adapter_lora(directory: str | Path, dropout: float = 0.0) -> LoraConfig:
     lora.inference_mode, lora.lora_dropout, lora.base_model_name_or_path = False, dropout, None
     lora.init_lora_weights = True  # whatever it started from: its weights replace the initial ones
     return lora
+
+
+def lora_to_dict(lora: LoraConfig) -> dict[str, Any]:
+    """What differs from peft's defaults, in JSON types: ``LoraConfig(**lora_to_dict(lora))`` equals ``lora``."""
+    default, values = LoraConfig(), {}
+    for option in dataclasses.fields(LoraConfig):
+        value = getattr(lora, option.name)
+        if option.init and option.name != "peft_version" and value != getattr(default, option.name):
+            values[option.name] = sorted(value) if isinstance(value, set) else value
+    return values
 
 
 def with_targets(lora: LoraConfig, projections: Sequence[str]) -> LoraConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,9 @@ from ..checkpoints.loading import LoadReport
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
 from ..distributed.collectives import all_reduce_sum, gather_objects
 from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
-from ..hardware import compute_dtype
+from ..hardware import check_precision, compute_dtype
 from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
-from ..lora.config import adapter_lora, check_lora, default_lora, with_head, with_targets
+from ..lora.config import adapter_lora, check_lora, default_lora, lora_to_dict, with_head, with_targets
 from ..models.build import build_model, materialize
 from ..models.causal_lm import LanguageModelHead
 from ..models.decoder import Head, QLoRADecoder
@@ -84,16 +84,19 @@ class QLoRAModule(L.LightningModule):
 
     Logged: ``train_loss`` (mean over the step's tokens), ``lr``, ``grad_norm`` (before clipping), ``val_loss``.
 
+    Its arguments are saved as hyperparameters, in JSON types: for loggers, and for ``load_from_checkpoint``, which
+    builds the model on one device. A loss and other objects have to be passed to that again.
+
     Args:
         model_dir: A transformers directory of a model of a known family (``models/families.py``) with safetensors,
             16-bit or bitsandbytes 4-bit.
-        lora: Adapters. Default: those of ``init_adapter``, or
+        lora: Adapters, as peft's configuration or its fields. Default: those of ``init_adapter``, or
             :func:`~lightning_qlora.modules.lora.config.default_lora`.
         learning_rate: Peak of the schedule.
         warmup_steps: Steps of linear warm-up.
         schedule: After warm-up ``"cosine"`` or ``"linear"`` decay to 0 at the last step, or ``"constant"``.
         weight_decay: AdamW's, on the adapters.
-        compute: Activation checkpointing and offloading, attention, sliding window and compilation.
+        compute: Activation checkpointing and offloading, attention, sliding window and compilation; or its fields.
         packing: Whether batches hold packed rows, which ``attention="auto"`` goes by.
         compile_backend: As in :func:`~lightning_qlora.modules.models.compilation.compile_region`.
         head: What the model computes from the decoder's hidden states; default a language model's logits and loss.
@@ -111,13 +114,13 @@ class QLoRAModule(L.LightningModule):
     def __init__(
         self,
         model_dir: str | Path,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
         *,
         learning_rate: float = 2e-4,
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         head: Head = LanguageModelHead(),  # noqa: B008  frozen
@@ -136,7 +139,10 @@ class QLoRAModule(L.LightningModule):
             raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
         self.model_dir = Path(model_dir)
         config = load_config(self.model_dir)
-        if lora is None:
+        compute = ComputeOptions(**compute) if isinstance(compute, dict) else compute
+        if isinstance(lora, dict):
+            lora = LoraConfig(**lora)
+        elif lora is None:
             lora = default_lora() if init_adapter is None else adapter_lora(init_adapter)
         lora = with_head(check_lora(lora, head.trained_modules), head.trained_modules, head.task_type)
         self.head, self.lora = head, with_targets(lora, family_of(config).projections)
@@ -149,6 +155,13 @@ class QLoRAModule(L.LightningModule):
             read_adapter(self.init_adapter, self.lora)
         self.model_name = model_name or str(model_dir)
         self.seed = seed
+        self.save_hyperparameters(
+            {
+                "model_dir": str(model_dir), "lora": lora_to_dict(lora), "learning_rate": learning_rate,
+                "warmup_steps": warmup_steps, "schedule": schedule, "weight_decay": weight_decay,
+                "compute": dataclasses.asdict(compute), "packing": packing, "model_name": self.model_name, "seed": seed,
+            }
+        )  # fmt: skip
         self.base = SafetensorsCheckpoint(self.model_dir)
         self.identity = BaseIdentity.of(self.base, self.lora)
         self.strict_loading = False  # checkpoints hold only what is trained
@@ -162,13 +175,19 @@ class QLoRAModule(L.LightningModule):
     # --- model -------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Build, shard and load the model: structure on the meta device first, so that no rank ever holds all of it."""
+        """Build, shard and load the model: structure on the meta device first, so that no rank ever holds all of it.
+
+        Without a Trainer (``load_from_checkpoint``) all of it is built on this module's device.
+        """
         if self.model is not None:
             return
-        strategy = self.trainer.strategy
-        dtype = compute_dtype(self.trainer.precision_plugin.precision)
-        device, parameters_on = strategy.root_device, None
-        self._limit_memory(device)
+        strategy, parameters_on = None, None
+        if self._trainer is None:
+            device, dtype = self.device, compute_dtype(check_precision("auto"))
+        else:
+            strategy = self.trainer.strategy
+            device, dtype = strategy.root_device, compute_dtype(self.trainer.precision_plugin.precision)
+            self._limit_memory(device)
         attention = self._attention(device, dtype)
         model = build_model(
             self.base, self.lora, dtype=dtype, attention=attention, sliding_window=self.compute.sliding_window,
@@ -365,9 +384,24 @@ class QLoRAModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all tokens of all ranks."""
+        self._log_mean("val_loss")
+
+    def on_test_epoch_start(self) -> None:
+        """Forget batches of a test that was interrupted."""
+        self._val.clear()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test_loss``, the mean over all tokens of all ranks."""
+        self._log_mean("test_loss")
+
+    def _log_mean(self, name: str) -> None:
         loss_sum, tokens = self._reduce(self._val)
         # Equal on all ranks already; sync_dist only tells Lightning so.
-        self.log("val_loss", loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
+        self.log(name, loss_sum / max(tokens, 1), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on what is trained, with a schedule by step."""
@@ -396,6 +430,12 @@ class QLoRAModule(L.LightningModule):
         return loss, int(total)
 
     # --- in and out --------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; what is frozen comes from the base, and is not reported as missing."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained_shapes(self)]
+        return keys
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained, whatever the strategy collected, and add what identifies base and adapters."""

@@ -48,7 +48,7 @@ class QLoRACausalLM(QLoRAModule):
     def __init__(
         self,
         model_dir: str | Path,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
         *,
         loss: Callable[..., Any] = cross_entropy,
         loss_inputs: Sequence[str] = (),
@@ -56,19 +56,26 @@ class QLoRACausalLM(QLoRAModule):
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(loss, str):
+            raise ValueError(
+                f"The checkpoint was trained with the loss {loss}, a function that it does not hold. Pass that to "
+                "load_from_checkpoint(..., loss=...)."
+            )
         super().__init__(
             model_dir, lora, learning_rate=learning_rate, warmup_steps=warmup_steps, schedule=schedule,
             weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend,
             init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.loss, self.loss_inputs = loss, tuple(loss_inputs)
+        if loss is not cross_entropy:
+            self.save_hyperparameters({"loss": repr(loss), "loss_inputs": list(loss_inputs)})
         self._inputs = set(inspect.signature(QLoRAForCausalLM.forward).parameters) - {"self", "kwargs"}
 
     def adapt(self, model: QLoRAForCausalLM) -> None:
@@ -96,6 +103,8 @@ class QLoRACausalLM(QLoRAModule):
         tokens = batch.get("num_loss_tokens")
         if tokens is None:
             tokens = int((batch["labels"][:, 1:] != -100).sum())
+        elif isinstance(tokens, Tensor):  # one per sample, as PyTorch's default collation makes of ints
+            tokens = int(tokens.sum())
         # The loss is computed inside the forward of the module that FSDP2 took as its root: only there are weights
         # gathered.
         output = self._model(

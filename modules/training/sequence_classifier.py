@@ -66,7 +66,7 @@ class QLoRASequenceClassifier(QLoRAModule):
     def __init__(
         self,
         model_dir: str | Path,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
         *,
         labels: Sequence[str],
         problem_type: ProblemType = "single_label_classification",
@@ -76,7 +76,7 @@ class QLoRASequenceClassifier(QLoRAModule):
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
@@ -90,6 +90,8 @@ class QLoRASequenceClassifier(QLoRAModule):
             head=ClassificationHead(len(labels)), init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.labels, self.problem_type, self.tokenizer = tuple(labels), problem_type, tokenizer
+        weights_list = None if class_weights is None else [float(weight) for weight in class_weights]
+        self.save_hyperparameters({"labels": list(labels), "problem_type": problem_type, "class_weights": weights_list})
         self.class_weights: Tensor | None
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
