@@ -8,6 +8,8 @@ Shapes: S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import math
 import subprocess
@@ -28,6 +30,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._gguf_architecture import Names, architecture_of
+from ._gguf_tokenizer import render_chat
 from ._gguf_types import FILE_TYPES, FileType, convert
 from .weights import FinetunedWeights
 
@@ -58,17 +61,25 @@ class LlamaCpp:
         model: The file.
         context: Tokens that a request may have.
         lora: An adapter as a GGUF file, which is added to the model.
+        mmproj: A vision tower as a GGUF file.
         threads: Threads it computes with; by default as many as torch.
 
     Attributes:
         context: Tokens that a request may have: what was asked for, or what the file allows.
+        media_marker: What stands for an image in a prompt.
 
     Raises:
         ValueError: If the extra is not installed, or llama.cpp cannot load the file.
     """
 
     def __init__(
-        self, model: str | Path, *, context: int = 1024, lora: str | Path | None = None, threads: int | None = None
+        self,
+        model: str | Path,
+        *,
+        context: int = 1024,
+        lora: str | Path | None = None,
+        mmproj: str | Path | None = None,
+        threads: int | None = None,
     ) -> None:
         if not is_available():
             raise ValueError(
@@ -78,6 +89,7 @@ class LlamaCpp:
         self.model = Path(model)
         options = {
             "model": str(model), "context": context, "lora": None if lora is None else str(lora),
+            "mmproj": None if mmproj is None else str(mmproj),
             "threads": threads or torch.get_num_threads(),
         }  # fmt: skip
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this object
@@ -93,7 +105,9 @@ class LlamaCpp:
         for line in self._process.stdout:
             if line.startswith("http"):
                 self._address = line.strip()
-                self.context = int(self._get("/props")["default_generation_settings"]["n_ctx"])
+                properties = self._get("/props")
+                self.context = int(properties["default_generation_settings"]["n_ctx"])
+                self.media_marker = str(properties.get("media_marker", "<__media__>"))
                 return
         self.close()
         raise ValueError(f"llama.cpp cannot load {model}: {self._last_error()}")
@@ -139,10 +153,10 @@ class LlamaCpp:
             detail = error.read().decode() if isinstance(error, urllib.error.HTTPError) else self._last_error()
             raise ValueError(f"llama.cpp fails with {self.model} ({error}): {detail}") from error
 
-    def _complete(self, ids: Sequence[int], tokens: int, **options: Any) -> Any:
+    def _complete(self, prompt: Any, tokens: int, **options: Any) -> Any:
         return self._post(
             "/completion",
-            prompt=list(ids),
+            prompt=prompt,
             n_predict=tokens,
             samplers=["top_k"],
             top_k=1,
@@ -159,7 +173,7 @@ class LlamaCpp:
         """
         return [int(token) for token in self._post("/tokenize", content=text, add_special=add_special)["tokens"]]
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """A chat as text by the file's chat template, up to where the assistant begins."""
         return str(self._post("/apply-template", messages=list(messages))["prompt"])
 
@@ -169,26 +183,51 @@ class LlamaCpp:
         Returns:
             Their ids, int64 [count], and log-probabilities, float32 [count].
         """
+        return self._log_probs(list(ids), 1, count)[0]
+
+    def log_probs_of_images(
+        self, text: str, images: Sequence[bytes], positions: int, count: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Log-probabilities of the tokens after a text with images, and after the same followed by one, two, ... times
+        the token :attr:`letter`.
+
+        Args:
+            text: With :attr:`media_marker` for each image. llama.cpp puts bos before it as the file says.
+            images: Files, such as PNG.
+            positions: How many tokens.
+            count: As of :meth:`log_probs`.
+
+        Returns:
+            As :meth:`log_probs`, for each position.
+        """
+        files = [base64.b64encode(image).decode() for image in images]
+        return self._log_probs({"prompt_string": text, "multimodal_data": files}, positions, count)
+
+    @functools.cached_property
+    def letter(self) -> int:
+        """The token of "a"."""
+        return self.tokenize("a", add_special=False)[-1]
+
+    def _log_probs(self, prompt: Any, positions: int, count: int) -> list[tuple[Tensor, Tensor]]:
         # Log-probabilities come from before sampling, but are left out beside a part of a character. So "a" is sampled.
-        letter = self.tokenize("a", add_special=False)[-1]
-        answer = self._complete(ids, 1, n_probs=count, logit_bias=[[letter, 1e6]])
-        entries = answer["completion_probabilities"][0]["top_logprobs"]
-        return torch.tensor([e["id"] for e in entries]), torch.tensor([e["logprob"] for e in entries])
+        answer = self._complete(prompt, positions, n_probs=count, logit_bias=[[self.letter, 1e6]])
+        found = [each["top_logprobs"] for each in answer["completion_probabilities"]]
+        return [(torch.tensor([e["id"] for e in row]), torch.tensor([e["logprob"] for e in row])) for row in found]
 
     def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
         """The likeliest token after ``ids``, and so on, up to ``tokens`` or the end of the answer."""
-        return [int(token) for token in self._complete(ids, tokens)["tokens"]]
+        return [int(token) for token in self._complete(list(ids), tokens)["tokens"]]
 
     def stops_at(self, token: int, ids: Sequence[int]) -> bool:
         """Whether ``token`` ends an answer: it is made the likeliest one after ``ids``."""
-        answer = self._complete(ids, 2, logit_bias=[[token, 1e6]])
+        answer = self._complete(list(ids), 2, logit_bias=[[token, 1e6]])
         return bool(answer["stop_type"] == "eos")
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
 
 #: Tokens that are compared one by one at each position; the rest of the vocabulary counts as one more.
-_LISTED = 1024
+LISTED = 1024
 _CONTINUATION = 8
 
 
@@ -262,13 +301,13 @@ def verify_gguf(
         ]
         rows = [ids + answer for ids, answer in zip(asked, answers, strict=True)]
         expected = _expected(weights, rows, spans)
-        rounded = _expected(weights, rows, spans, _rounding(path, weights)) if kind.is_quantized else expected
+        rounded = _expected(weights, rows, spans, rounding(path, weights)) if kind.is_quantized else expected
         found = [
-            [llama.log_probs(row[: position + 1], min(_LISTED, weights.config.vocab_size)) for position in span]
+            [llama.log_probs(row[: position + 1], min(LISTED, weights.config.vocab_size)) for position in span]
             for row, span in zip(rows, spans, strict=True)
         ]
-    verified = _summary(found, expected, rounded, tuple(notes))
-    _judge(verified, kind, found, expected)
+    verified = summary(found, expected, rounded, tuple(notes))
+    judge(verified, kind, found, expected)
     return verified
 
 
@@ -294,21 +333,14 @@ def _texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: 
     texts = [*prompts, *[long] * bool(long)]
     if not tokenizer.chat_template:
         return texts
-    return [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for text in texts
-    ]
+    return [render_chat(tokenizer, [{"role": "user", "content": each}], add_generation_prompt=True) for each in texts]
 
 
 def _compare_rendering(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
     if not tokenizer.chat_template:
         return
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    ours = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    ours = render_chat(tokenizer, chat, add_generation_prompt=True)
     theirs = llama.render(chat)
     bos = tokenizer.bos_token or ""  # which llama.cpp leaves to the tokenizer
     if ours.removeprefix(bos) != theirs.removeprefix(bos):
@@ -334,12 +366,14 @@ def _compare_tokens(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: s
     return ours
 
 
-def _rounding(path: str | Path, weights: FinetunedWeights) -> Callable[[str, Tensor], Tensor]:
+def rounding(path: str | Path, weights: FinetunedWeights) -> Callable[[str, Tensor], Tensor]:
     """What a weight becomes when it is stored in the type that it has in the file, which is made anew."""
     types = {each.name: each.tensor_type for each in GGUFReader(path).tensors}
     names = Names(architecture_of(weights.config), weights.config.num_hidden_layers)
 
     def rounded(name: str, weight: Tensor) -> Tensor:
+        if name not in weights.shapes:
+            return weight  # of a vision tower, which is not quantized
         kind = GGMLQuantizationType(types[names(name)])
         if kind == GGMLQuantizationType.F32:
             return weight
@@ -370,10 +404,10 @@ def _expected(
     return [found[i] for i in range(len(rows))]
 
 
-_Found = list[list[tuple[Tensor, Tensor]]]
+Found = list[list[tuple[Tensor, Tensor]]]
 
 
-def _summary(found: _Found, expected: list[Tensor], rounded: list[Tensor], notes: tuple[str, ...]) -> Verified:
+def summary(found: Found, expected: list[Tensor], rounded: list[Tensor], notes: tuple[str, ...]) -> Verified:
     kls, rounded_kls, same, difference = [], [], 0, 0.0
     for answer, ours, ours_rounded in zip(found, expected, rounded, strict=True):
         for (ids, theirs), reference, reference_rounded in zip(answer, ours, ours_rounded, strict=True):
@@ -403,7 +437,7 @@ _ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.3}
 _ARITHMETIC_KL = 0.03
 
 
-def _judge(verified: Verified, kind: FileType, found: _Found, expected: list[Tensor]) -> None:
+def judge(verified: Verified, kind: FileType, found: Found, expected: list[Tensor]) -> None:
     causes = "A tensor, the rotary embedding or another number of the file is wrong."
     bounds = (
         ("the model's whose weights are rounded as in the file", verified.kl_rounded, _ARITHMETIC_KL, "arithmetic"),
