@@ -106,7 +106,7 @@ _RESAMPLED = (
 def _vit(vision: Any, **other: Any) -> Tower:
     values = {
         "width": vision.hidden_size, "mlp": vision.intermediate_size, "blocks": vision.num_hidden_layers,
-        "heads": vision.num_attention_heads, "eps": vision.layer_norm_eps, "activation": vision.hidden_act,
+        "heads": vision.num_attention_heads, "eps": other.get("eps") or vision.layer_norm_eps, "activation": vision.hidden_act,
         "image_size": vision.image_size, "patch_size": vision.patch_size,
     }  # fmt: skip
     return Tower(**{**values, **other})

@@ -8,6 +8,7 @@ Shapes: S tokens.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, VisionProjectorType
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ._gguf_types import FILE_TYPES
@@ -212,10 +213,10 @@ def _prompt(llama: LlamaCpp, weights: VisionLanguageWeights, question: str, note
     theirs = llama.render([{"role": "user", "content": [_as_url(each) for each in parts]}])
     bos = tokenizer.bos_token or ""
     text = text.removeprefix(bos)  # which llama.cpp puts there itself
-    if theirs.removeprefix(bos) != text:
+    if theirs.removeprefix(bos) != text and not notes:
         notes.append(
-            f"llama.cpp renders a message with an image as {theirs!r}, where {marker} is the image; transformers' "
-            f"template gives {text!r}."
+            f"llama.cpp renders a message with an image as {theirs.replace(marker, '<image>')!r}; transformers' "
+            f"template gives {text.replace(marker, '<image>')!r}, where <image> is the image."
         )
     return text
 
@@ -225,8 +226,6 @@ def _as_url(part: dict[str, Any]) -> dict[str, Any]:
         return part
     pixel = io.BytesIO()
     Image.new("RGB", (2, 2)).save(pixel, format="PNG")
-    import base64
-
     return {
         "type": "image_url",
         "image_url": {"url": f"data:image/png;base64,{base64.b64encode(pixel.getvalue()).decode()}"},
@@ -293,18 +292,12 @@ def _log_probs(
 
 
 def _misplace_class_token(model: PreTrainedModel) -> None:
-    """Put llama.cpp's fault with class tokens into a Llava: the class token gets the last position and each patch the
-    one before its own, and the projector sees all patches but the first, and then the class token.
+    """Put llama.cpp's fault with class tokens into a Llava: the class token comes last, position embeddings are added in
+    that order, and the first of all outputs, which is now a patch's, is left out in its place.
     """
-    tower = model.model.vision_tower
-    table = next(each for name, each in tower.named_modules() if name.endswith("position_embedding"))
-
-    def shift(_: nn.Module, __: object, positions: Tensor) -> Tensor:
-        return positions.roll(1, dims=-2)
-
-    def rotate(_: nn.Module, __: object, output: Any) -> Any:
-        output.hidden_states = tuple(each.roll(-1, dims=1) for each in output.hidden_states)
-        return output
-
-    table.register_forward_hook(shift)
-    tower.register_forward_hook(rotate)
+    modules = dict(model.model.vision_tower.named_modules())
+    table = next(each for name, each in modules.items() if name.endswith("embeddings.position_embedding"))
+    embeddings = next(each for name, each in modules.items() if name.endswith("embeddings"))
+    # Positions are added with the class token first. So its own is the last one here, and the first patch's the first.
+    table.register_forward_hook(lambda _, __, positions: positions.roll(1, dims=-2))
+    embeddings.register_forward_hook(lambda _, __, hidden: hidden.roll(-1, dims=1))

@@ -185,6 +185,12 @@ class VisionLanguageWeights(FinetunedWeights):
         with torch.device("meta"):
             model = self._class(self.model_config)
         _compute_buffers(model, model)
+        # Some models move their inputs to the device of their first parameter.
+        for module in model.modules():
+            if (first := next(module.named_parameters(recurse=False), None)) is not None:
+                name, parameter = first
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+                break
         return model
 
 

@@ -77,7 +77,7 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
                           "fullatt_block_indexes": [1], "depth": 3, "window_size": 112}}),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen", "Qwen2VLImageProcessor", {
         "text_config": _text("qwen3_vl_text", head_dim=16, num_hidden_layers=3, rope_parameters={
-            **_MROPE["rope_parameters"], "mrope_interleaved": True}),
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}),
         "vision_config": {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
                           "patch_size": 16, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}}),
     "gemma3": ("Gemma3ForConditionalGeneration", "gemma3", "Gemma3ImageProcessor", {
