@@ -183,7 +183,7 @@ def write_configuration(
     ):
         if (value := getattr(config, attribute, None)) is not None:
             add(float(value))
-    return _write_rope(writer, architecture, config), notes
+    return _write_rope(writer, architecture, config, notes), notes
 
 
 def _check(architecture: Architecture, config: PretrainedConfig) -> None:
@@ -247,7 +247,9 @@ def _context_length(writer: GGUFWriter, architecture: Architecture, config: Pret
     return context
 
 
-def _write_rope(writer: GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> dict[str, Tensor]:
+def _write_rope(
+    writer: GGUFWriter, architecture: Architecture, config: PretrainedConfig, notes: list[str]
+) -> dict[str, Tensor]:
     by_layer_type = "full_attention" in config.rope_parameters
     layer_type = "full_attention" if by_layer_type else None
     rope: Mapping[str, Any] = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
@@ -266,6 +268,14 @@ def _write_rope(writer: GGUFWriter, architecture: Architecture, config: Pretrain
                 f"The model's mrope_section={sections or None} is not three sections of {rotated // 2} rotary pairs."
             )
         writer.add_rope_dimension_sections([*sections, 0])
+        # Interleaved sections: llama.cpp's ggml_rope_multi leaves pairs beyond three times a section unrotated.
+        left = [i for i in range(sum(sections)) if rope.get("mrope_interleaved") and i >= 3 * sections[i % 3]]
+        if left:
+            angle = config.max_position_embeddings * base ** (-2 * left[0] / rotated)
+            notes.append(
+                f"llama.cpp does not rotate the pairs {', '.join(map(str, left))} of each head (mrope_section="
+                f"{sections}), which transformers rotates by up to {angle:.2g} radians at the end of the context."
+            )
     if kind == "default":
         return {}
     if kind not in architecture.rope_scalings:

@@ -13,6 +13,7 @@ from time import perf_counter
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, Keys
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..checkpoints.tokenizer import load_tokenizer
 from ..models.families import load_config
@@ -20,11 +21,11 @@ from ._gguf_architecture import Names, architecture_of, transformed, write_confi
 from ._gguf_file import Planned, Progress, count_types, staged_file, write_tensors
 from ._gguf_tokenizer import read_vocabulary
 from ._gguf_types import FileType, Place, find_file_type, tensor_type
-from ._gguf_vision import image_tokens, write_language_configuration
+from ._gguf_vision_file import image_tokens, write_language_configuration
 from .llama_cpp import Verified, verify_gguf
 from .llama_cpp_images import verify_images
-from .vision_weights import VisionLanguageWeights
-from .weights import FinetunedWeights, adapter_config, read_updates
+from .vision_weights import VisionLanguageWeights, is_vision_language, read_weights
+from .weights import FinetunedWeights, LoraUpdate, adapter_config, read_updates
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def export_gguf(
             output,
             kind.name,
             staged.stat().st_size,
-            len(weights.updates),
+            sum(name in weights.shapes for name in weights.updates),
             count_types(planned),
             perf_counter() - began,
             vocabulary.stop_tokens,
@@ -153,9 +154,9 @@ def export_gguf_adapter(
     began, output, kind = perf_counter(), Path(output), find_file_type(file_type)
     if kind.is_quantized:
         raise ValueError(f"Adapters are small: write them as f32, f16 or bf16, not as {kind.name}.")
-    config = load_config(base)
+    config, updates = _read_adapter(base, adapter)
     architecture = architecture_of(config)
-    updates, names = read_updates(adapter, config), Names(architecture, config.num_hidden_layers)
+    names = Names(architecture, config.num_hidden_layers)
     alpha = float(adapter_config(adapter).lora_alpha)
     planned = []
     for source, update in updates.items():
@@ -178,10 +179,24 @@ def export_gguf_adapter(
             output, kind.name, staged.stat().st_size, len(updates), count_types(planned), perf_counter() - began
         )
         if base_gguf is not None:
-            weights = FinetunedWeights(base, adapter)
+            weights = read_weights(base, adapter)
             verified = verify_gguf(base_gguf, weights, load_tokenizer(base), kind.name, lora=staged)
             exported = replace(exported, verified=verified)
     return exported
+
+
+def _read_adapter(base: str | Path, adapter: str | Path) -> tuple[PretrainedConfig, dict[str, LoraUpdate]]:
+    """The (language) model's configuration, and what the adapter adds to it."""
+    if not is_vision_language(base):
+        config = load_config(base)
+        return config, read_updates(adapter, config)
+    weights = VisionLanguageWeights(base, adapter)
+    if beyond := [name for name in (*weights.updates, *weights.replaced) if name not in weights.shapes]:
+        raise ValueError(
+            f"{adapter} changes the vision tower or the projector ({min(beyond)}), which llama.cpp's adapters cannot: "
+            "leave --adapter_only out, so that both files are written merged."
+        )
+    return weights.config, weights.updates
 
 
 def _given(planned: Planned) -> Tensor:

@@ -292,8 +292,8 @@ def _log_probs(
 
 
 def _misplace_class_token(model: PreTrainedModel) -> None:
-    """Put llama.cpp's fault with class tokens into a Llava: the class token comes last, position embeddings are added in
-    that order, and the first of all outputs, which is now a patch's, is left out in its place.
+    """Put llama.cpp's fault with class tokens into a Llava: the class token comes last, position embeddings are added
+    in that order, and the first of all outputs, which is now a patch's, is left out in its place.
     """
     modules = dict(model.model.vision_tower.named_modules())
     table = next(each for name, each in modules.items() if name.endswith("embeddings.position_embedding"))

@@ -1,13 +1,13 @@
 """The vision tower and projector of a vision-language model as a GGUF file (mmproj) for llama.cpp, beside the language
 model's file.
 
-Matrices are written in 16 or 32 bits and never quantized: a tower is small beside its language model, and llama.cpp's own
-tools leave it so. Embeddings of patches and positions, vectors and norms are float32.
+Matrices are written in 16 or 32 bits and never quantized: a tower is small beside its language model, and
+llama.cpp's own tools leave it so. Embeddings of patches and positions, vectors and norms are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ._gguf_file import Planned, Progress, count_types, staged_file, write_tensors
 from ._gguf_types import FileType, find_file_type
-from ._gguf_vision import (
+from ._gguf_vision import vision_architecture_of
+from ._gguf_vision_file import (
     check_tokens,
-    vision_architecture_of,
     vision_tensors,
     vision_transformed,
     write_vision_configuration,
@@ -36,7 +36,7 @@ def export_vision_gguf(
     *,
     mmproj_type: str = "f16",
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[], Progress] | None = None,
     verify: bool = False,
 ) -> tuple[list[Exported], Exported]:
     """Write a vision-language model as files of its language model, and one of its vision tower.
@@ -47,7 +47,7 @@ def export_vision_gguf(
         mmproj: The vision tower's file; must not exist.
         mmproj_type: ``f16``, ``bf16`` or ``f32``.
         name: ``general.name``; by default the base's.
-        progress: As of :func:`~.gguf.export_gguf`.
+        progress: Returns for each file what is called after each of its tensors.
         verify: Run each pair of files in llama.cpp, on texts and images, before the language model's gets its name; the
             vision tower's gets it last.
 
@@ -57,9 +57,10 @@ def export_vision_gguf(
     Raises:
         ValueError: As :func:`~.gguf.export_gguf` and :func:`export_mmproj`.
     """
-    with staged_mmproj(weights, mmproj, file_type=mmproj_type, name=name, progress=progress) as (staged, tower):
+    told = progress or (lambda: None)
+    with staged_mmproj(weights, mmproj, file_type=mmproj_type, name=name, progress=told()) as (staged, tower):
         language = [
-            export_gguf(weights, file, file_type=kind, name=name, progress=progress, verify=verify, mmproj=staged)
+            export_gguf(weights, file, file_type=kind, name=name, progress=told(), verify=verify, mmproj=staged)
             for kind, file in files.items()
         ]
     return language, tower
@@ -109,7 +110,7 @@ def staged_mmproj(
         raise ValueError(f"{weights.checkpoint.directory} is a text model: it has no vision tower to write.")
     architecture, tokenizer = vision_architecture_of(weights.model_config), weights.chat_format.tokenizer
     break_token = check_tokens(architecture, tokenizer)
-    tensors = {each.name: each for each in vision_tensors(architecture, weights, tokenizer)}
+    tensors = {each.name: each for each in vision_tensors(architecture, weights)}
     planned = [
         Planned(each.name, each.source, each.shape, _type(kind, each.name, each.shape)) for each in tensors.values()
     ]

@@ -66,8 +66,8 @@ def is_vision_language(directory: str | Path) -> bool:
     if model_type == "mllama":
         raise ValueError(
             f"{directory} is a Mllama (Llama-3.2-Vision). llama.cpp has neither its vision tower nor the "
-            "cross-attention layers of its language model (https://github.com/ggml-org/llama.cpp/issues/9643): it cannot be exported "
-            "as GGUF. Merge the adapter instead and use transformers or vLLM."
+            "cross-attention layers of its language model (https://github.com/ggml-org/llama.cpp/issues/9643): it "
+            "cannot be exported as GGUF. Merge the adapter instead and use transformers or vLLM."
         )
     return model_type in _CLASSES
 
