@@ -182,7 +182,6 @@ def _qwen3(config: Any) -> Tower:
 #: Patches of a side of the image with which llama.cpp warms up: Qwen2-VL's tower has no size of its own.
 _QWEN_SIDE = 40
 
-_QWEN_MARKS = {"begin": "<|vision_start|>", "end": "<|vision_end|>", "dynamic": True}
 _QWEN_NOTES = (
     f"{_RESAMPLED} It takes 8 to 4096 tokens for an image, whatever min_pixels and max_pixels say in "
     "preprocessor_config.json; --image-min-tokens and --image-max-tokens set other limits.",
@@ -233,14 +232,18 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
         ),
         _qwen2,
         notes=_QWEN_NOTES,
-        **_QWEN_MARKS,
+        begin="<|vision_start|>",
+        end="<|vision_end|>",
+        dynamic=True,
     ),
     "qwen2_5_vl": VisionArchitecture(
         VisionProjectorType.QWEN25VL,
         (*_QWEN, (r"vision\.blocks\.(\d+)\.mlp\.(gate|up|down)_proj", r"v.blk.\1.ffn_\2")),
         _qwen25,
         notes=_QWEN_NOTES,
-        **_QWEN_MARKS,
+        begin="<|vision_start|>",
+        end="<|vision_end|>",
+        dynamic=True,
     ),
     "qwen3_vl": VisionArchitecture(
         VisionProjectorType.QWEN3VL,
@@ -256,7 +259,9 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
         ),
         _qwen3,
         notes=_QWEN_NOTES,
-        **_QWEN_MARKS,
+        begin="<|vision_start|>",
+        end="<|vision_end|>",
+        dynamic=True,
     ),
     "gemma3": VisionArchitecture(
         VisionProjectorType.GEMMA3,

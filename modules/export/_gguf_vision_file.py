@@ -223,7 +223,7 @@ def read_image_processor(directory: Path) -> dict[str, Any]:
         path = directory / name
         if path.is_file():
             raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found = raw.get("image_processor", raw)
+            found: dict[str, Any] = raw.get("image_processor", raw)
             if "image_mean" in found and "image_std" in found:
                 return found
     raise ValueError(

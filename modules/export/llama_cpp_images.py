@@ -91,7 +91,8 @@ def verify_images(
                 _row(llama, architecture, weights, text, [shown[i] for i in which])
                 for text, which in zip(prompts, used, strict=True)
             ]
-    pixels = [_pixels(architecture, weights, [shown[i] for i in which]) for which in used]
+    processor = AutoImageProcessor.from_pretrained(weights.checkpoint.directory)
+    pixels = [_pixels(architecture, processor, [shown[i] for i in which]) for which in used]
 
     def expected(**options: Any) -> list[Tensor]:
         return [
@@ -147,18 +148,14 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _pixels(
-    architecture: VisionArchitecture, weights: VisionLanguageWeights, images: Sequence[Image.Image]
-) -> dict[str, Tensor]:
+def _pixels(architecture: VisionArchitecture, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """What the model takes for images, by transformers' own processor, which resizes nothing."""
-    processor = AutoImageProcessor.from_pretrained(weights.checkpoint.directory)
     options: dict[str, Any] = {"do_resize": False, "return_tensors": "pt"}
     if architecture.projector == "mlp":
         options["do_center_crop"] = False
     if architecture.projector == VisionProjectorType.IDEFICS3:
         options["do_image_splitting"] = False
         images = [each for image in images for each in (image, image)]  # a tile, and the whole
-    if architecture.projector == VisionProjectorType.IDEFICS3:
         return {"pixel_values": processor([images], **options)["pixel_values"]}
     found = processor(list(images), **options)
     wanted = ("pixel_values", "image_grid_thw", "image_sizes")

@@ -57,7 +57,10 @@ def export_vision_gguf(
     Raises:
         ValueError: As :func:`~.gguf.export_gguf` and :func:`export_mmproj`.
     """
-    told = progress or (lambda: None)
+
+    def told() -> Progress | None:
+        return None if progress is None else progress()
+
     with staged_mmproj(weights, mmproj, file_type=mmproj_type, name=name, progress=told()) as (staged, tower):
         language = [
             export_gguf(weights, file, file_type=kind, name=name, progress=told(), verify=verify, mmproj=staged)

@@ -8,6 +8,7 @@ names of a causal language model (``model.layers.0...``, ``lm_head.weight``); th
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -151,7 +152,7 @@ class VisionLanguageWeights(FinetunedWeights):
         """Of the base's embeddings."""
         return self.base(_EMBEDDING).dtype
 
-    @property
+    @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """The base's tokenizer, chat template and stop tokens, with what the adapter's training changed. The chat
         template may stand in ``chat_template.json``, beside the tokenizer.

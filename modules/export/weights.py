@@ -43,9 +43,9 @@ class LoraUpdate:
         return (self.b @ self.a).mul_(self.scaling).add_(weight)
 
 
-#: What lies between a vision tower and the language model, by the last component of its name. Adapters of
-#: vision-language models may hold it whole (``modules_to_save``).
-PROJECTORS = ("multi_modal_projector", "connector", "merger", "deepstack_merger_list")
+#: What lies between a vision tower and the language model, by a component of its name. Adapters of vision-language
+#: models may hold it whole (``modules_to_save``).
+PROJECTORS = frozenset({"multi_modal_projector", "connector", "merger", "deepstack_merger_list"})
 
 
 def adapter_config(adapter: str | Path) -> LoraConfig:
@@ -57,7 +57,7 @@ def adapter_config(adapter: str | Path) -> LoraConfig:
     """
     remedy = "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
     saved = read_adapter_config(adapter, remedy, trained_modules=None).modules_to_save or ()
-    if all(name.rpartition(".")[2] in PROJECTORS for name in saved):
+    if all(PROJECTORS & {*name.split(".")} for name in saved):
         return read_adapter_config(adapter, remedy, tuple(saved))
     return read_adapter_config(adapter, remedy)
 
