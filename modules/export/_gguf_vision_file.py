@@ -151,10 +151,10 @@ def write_vision_configuration(
         writer.add_array("clip.vision.feature_layer", [tower.blocks])
         if vision.model_type == "clip_vision_model":
             notes.append(
-                "Versions of llama.cpp since April 2025 put a CLIP tower's class token last but read it first: patches "
-                "get their neighbours' positions, and the class token replaces the first patch "
-                f"({CLASS_EMBEDDING_ISSUE}). The file is as a corrected llama.cpp reads it; answers on images suffer "
-                "until then. Towers without a class token (SigLIP) are not affected."
+                "Since its pull request 13321 (2025) llama.cpp puts a CLIP tower's class token last but reads "
+                "it first: patches get their neighbours' positions, and the class token replaces the first patch "
+                f"({CLASS_EMBEDDING_ISSUE}). The file is right for a version without this fault; with it, answers on "
+                "images suffer. Towers without a class token (SigLIP) are not affected."
             )
     elif projector == VisionProjectorType.IDEFICS3:
         writer.add_vision_projector_scale_factor(tower.merge)

@@ -88,7 +88,7 @@ def verify_images(
                 for text, which in zip(prompts, used, strict=True)
             ]
             rows = [
-                _row(llama, architecture, weights, text, [shown[i] for i in which])
+                _row(llama, architecture, weights, text, [shown[i] for i in which], notes)
                 for text, which in zip(prompts, used, strict=True)
             ]
     processor = AutoImageProcessor.from_pretrained(weights.checkpoint.directory)
@@ -235,13 +235,23 @@ def _row(
     weights: VisionLanguageWeights,
     text: str,
     images: Sequence[Image.Image],
+    notes: list[str],
 ) -> Tensor:
     """The tokens that llama.cpp makes of a prompt with images, and of the answer: int64 [S]."""
-    parts = text.split(llama.media_marker)
-    ids = llama.tokenize(parts[0], add_special=True)
+    parts = [llama.tokenize(part, add_special=i == 0) for i, part in enumerate(text.split(llama.media_marker))]
+    ids = list(parts[0])
     for image, part in zip(images, parts[1:], strict=True):
-        ids += _span(architecture, weights, image)
-        ids += llama.tokenize(part, add_special=False)
+        ids += [*_span(architecture, weights, image), *part]
+    tokenizer, token = weights.chat_format.tokenizer, image_token(weights.model_config)
+    place = str(tokenizer.convert_ids_to_tokens(token))
+    theirs = [each for part in parts for each in (token, *part)][1:]
+    ours = tokenizer(text.replace(llama.media_marker, place), add_special_tokens=False)["input_ids"]
+    if theirs[len(theirs) - len(ours) :] != ours:
+        notes.append(
+            "llama.cpp splits the text beside an image into other tokens than the tokenizer does: "
+            f"{tokenizer.convert_ids_to_tokens(theirs)} instead of {tokenizer.convert_ids_to_tokens(ours)}. The "
+            "log-probabilities are compared with llama.cpp's tokens."
+        )
     return torch.tensor(ids + [llama.letter] * (_POSITIONS - 1))
 
 

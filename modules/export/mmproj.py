@@ -57,6 +57,8 @@ def export_vision_gguf(
     Raises:
         ValueError: As :func:`~.gguf.export_gguf` and :func:`export_mmproj`.
     """
+    if Path(mmproj) in files.values():
+        raise ValueError(f"{mmproj} is to hold both the language model and the vision tower: name two files.")
 
     def told() -> Progress | None:
         return None if progress is None else progress()

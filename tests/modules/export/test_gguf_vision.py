@@ -90,6 +90,22 @@ def test_what_the_files_say(save, tmp_path):
     assert {kinds["v.blk.2.ffn_up.weight"], kinds["mm.model.fc.weight"]} == {"BF16"}
 
 
+def test_a_template_of_typed_parts_beside_the_tokenizer(save, tmp_path):
+    directory = save("llava-siglip")
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}: {% for part in message['content'] | "
+        "selectattr('type', 'equalto', 'image') %}<image>{% endfor %}{% for part in message['content'] | "
+        "selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    )
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    language = export(directory)
+    assert language.stop_tokens[0] == 2
+    assert value(language.path, "tokenizer.chat_template") == template
+    assert "llama.cpp renders the chat template as" not in "".join(language.verified.notes)
+
+
 def test_llavas_unused_block_and_norm_are_left_out(save, tmp_path):
     tower = export_mmproj(VisionLanguageWeights(save("llava-siglip")), tmp_path / "mmproj.gguf")
     names = {tensor.name for tensor in GGUFReader(tower.path).tensors}
@@ -233,6 +249,8 @@ def test_what_is_missing_is_named(save, tmp_path):
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json with image_mean"):
         export_mmproj(VisionLanguageWeights(directory), output)
     (directory / "other.json").rename(directory / "preprocessor_config.json")
+    with pytest.raises(ValueError, match="name two files"):
+        export_vision_gguf(VisionLanguageWeights(directory), {"f16": output}, output)
     with pytest.raises(ValueError, match="not as q8_0: they are not quantized"):
         export_mmproj(VisionLanguageWeights(directory), output, file_type="q8_0")
     tokenizer = json.loads((directory / "tokenizer.json").read_text().replace("<|vision_end|>", "<|other|>"))
