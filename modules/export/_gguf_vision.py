@@ -51,6 +51,7 @@ class VisionArchitecture:
         projector: llama.cpp's name.
         tensors: Pairs of a pattern of names (:mod:`.vision_weights`) without ``.weight`` or ``.bias``, and GGUF's name.
         tower: Reads the configuration.
+        processor: transformers' image processor, in the form that needs no torchvision.
         begin: What the library writes before an image's tokens.
         end: What it writes after them.
         dynamic: Whether images keep their size but for rounding to whole tokens; else all become squares of one size.
@@ -60,6 +61,7 @@ class VisionArchitecture:
     projector: str
     tensors: tuple[tuple[str, str], ...]
     tower: Callable[[Any], Tower]
+    processor: str
     begin: str = ""
     end: str = ""
     dynamic: bool = False
@@ -192,6 +194,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
         "mlp",
         (*_VIT, (r"projector\.linear_1", "mm.0"), (r"projector\.linear_2", "mm.2")),
         _llava,
+        "CLIPImageProcessorPil",
         notes=(
             "llama.cpp pads images to squares; transformers' processor of Llava-1.5 cuts their longer side. Both see "
             f"the same only in square images. {_RESAMPLED}",
@@ -210,6 +213,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
             (r"projector\.linear_([12])", r"mm.\1"),
         ),
         _pixtral,
+        "PixtralImageProcessorPil",
         end="[IMG_END]",
         dynamic=True,
         notes=(f"{_RESAMPLED} It takes 8 to 1024 tokens for an image, without row ends.",),
@@ -218,6 +222,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
         VisionProjectorType.IDEFICS3,
         (*_VIT, (r"projector\.modality_projection\.proj", "mm.model.fc")),
         _idefics3,
+        "CLIPImageProcessorPil",  # does the same to a single tile; transformers 5.17 wants torchvision for Idefics3's
         notes=(
             "llama.cpp writes a tile and the whole image even where an image is one tile, which transformers' "
             f"processor then does not. {_RESAMPLED}",
@@ -231,6 +236,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
             (r"vision\.blocks\.(\d+)\.mlp\.fc2", r"v.blk.\1.ffn_down"),
         ),
         _qwen2,
+        "Qwen2VLImageProcessorPil",
         notes=_QWEN_NOTES,
         begin="<|vision_start|>",
         end="<|vision_end|>",
@@ -240,6 +246,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
         VisionProjectorType.QWEN25VL,
         (*_QWEN, (r"vision\.blocks\.(\d+)\.mlp\.(gate|up|down)_proj", r"v.blk.\1.ffn_\2")),
         _qwen25,
+        "Qwen2VLImageProcessorPil",
         notes=_QWEN_NOTES,
         begin="<|vision_start|>",
         end="<|vision_end|>",
@@ -258,6 +265,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
             (r"vision\.deepstack_merger_list\.(\d+)\.linear_(fc[12])", r"v.deepstack.\1.\2"),
         ),
         _qwen3,
+        "Qwen2VLImageProcessorPil",
         notes=_QWEN_NOTES,
         begin="<|vision_start|>",
         end="<|vision_end|>",
@@ -271,6 +279,7 @@ ARCHITECTURES: dict[str, VisionArchitecture] = {
             (r"projector\.mm_input_projection_weight", "mm.input_projection.weight"),
         ),
         _gemma3,
+        "Gemma3ImageProcessorPil",
         begin="<start_of_image>",
         end="<end_of_image>",
         notes=(

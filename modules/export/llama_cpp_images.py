@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from gguf import GGUFReader, VisionProjectorType
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ._gguf_types import FILE_TYPES
 from ._gguf_vision import (
@@ -30,6 +31,7 @@ from ._gguf_vision import (
     image_token,
     vision_architecture_of,
 )
+from ._gguf_vision_file import read_image_processor
 from .llama_cpp import LISTED, Found, LlamaCpp, Verified, judge, rounding, summary
 from .vision_weights import VisionLanguageWeights
 
@@ -91,7 +93,9 @@ def verify_images(
                 _row(llama, architecture, weights, text, [shown[i] for i in which], notes)
                 for text, which in zip(prompts, used, strict=True)
             ]
-    processor = AutoImageProcessor.from_pretrained(weights.checkpoint.directory)
+    processor = getattr(transformers, architecture.processor).from_dict(
+        read_image_processor(weights.checkpoint.directory)
+    )
     pixels = [_pixels(architecture, processor, [shown[i] for i in which]) for which in used]
 
     def expected(**options: Any) -> list[Tensor]:
@@ -151,12 +155,11 @@ def _png(image: Image.Image) -> bytes:
 def _pixels(architecture: VisionArchitecture, processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """What the model takes for images, by transformers' own processor, which resizes nothing."""
     options: dict[str, Any] = {"do_resize": False, "return_tensors": "pt"}
-    if architecture.projector == "mlp":
+    if architecture.processor.startswith("CLIP"):
         options["do_center_crop"] = False
     if architecture.projector == VisionProjectorType.IDEFICS3:
-        options["do_image_splitting"] = False
         images = [each for image in images for each in (image, image)]  # a tile, and the whole
-        return {"pixel_values": processor([images], **options)["pixel_values"]}
+        return {"pixel_values": processor(images, **options)["pixel_values"][None]}
     found = processor(list(images), **options)
     wanted = ("pixel_values", "image_grid_thw", "image_sizes")
     return {name: torch.as_tensor(np.asarray(found[name])) for name in wanted if name in found}
