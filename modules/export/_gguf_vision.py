@@ -118,7 +118,7 @@ def _llava(config: Any) -> Tower:
             f"llama.cpp computes a {config.vision_config.model_type} under vision_feature_select_strategy={wanted!r} "
             f"(all patches, no class token), but this model's is {config.vision_feature_select_strategy!r}."
         )
-    check_activation(config.projector_hidden_act)
+    _check_projector(config)
     return _vit(config.vision_config, blocks=features[0])
 
 
@@ -142,8 +142,15 @@ def _pixtral(config: Any) -> Tower:
     rope = getattr(vision, "rope_parameters", None) or {}
     if (theta := float(rope.get("rope_theta", 10000.0))) != 10000:
         raise ValueError(f"llama.cpp's Pixtral tower always has rope_theta=10000, this model's has {theta:g}.")
-    check_activation(config.projector_hidden_act)
+    _check_projector(config)
     return _vit(vision, eps=1e-5)
+
+
+def _check_projector(config: Any) -> None:
+    if not config.projector_hidden_act.startswith("gelu"):
+        raise ValueError(
+            f"llama.cpp's projectors of Llava and Pixtral compute GELU, this model's {config.projector_hidden_act!r}."
+        )
 
 
 def _idefics3(config: Any) -> Tower:

@@ -138,8 +138,9 @@ def write_vision_configuration(
     writer.add_vision_block_count(tower.blocks)
     writer.add_vision_head_count(tower.heads)
     writer.add_vision_attention_layernorm_eps(tower.eps)
-    writer.add_vision_image_mean([float(value) for value in processor["image_mean"]])
-    writer.add_vision_image_std([float(value) for value in processor["image_std"]])
+    mean, std = _normalization(processor)
+    writer.add_vision_image_mean(mean)
+    writer.add_vision_image_std(std)
     activation = check_activation(tower.activation)
     if activation == "silu":
         writer.add_vision_use_silu(True)
@@ -230,6 +231,18 @@ def read_image_processor(directory: Path) -> dict[str, Any]:
         f"{directory} has no preprocessor_config.json with image_mean and image_std, which the vision tower was "
         "trained with. Take it from where the model comes from."
     )
+
+
+def _normalization(processor: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """What is subtracted from pixels between 0 and 1, and what they are then divided by, for each colour."""
+    factor = float(processor.get("rescale_factor", 1 / 255))
+    if not processor.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-6:
+        raise ValueError(
+            "The image processor does not divide pixels by 255 (do_rescale, rescale_factor), as llama.cpp does."
+        )
+    if not processor.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return [float(value) for value in processor["image_mean"]], [float(value) for value in processor["image_std"]]
 
 
 def check_tokens(architecture: VisionArchitecture, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -64,6 +64,9 @@ def verify_images(
         images: Two images of a size that nothing resamples; by default coloured patterns.
         reference_images: What the model is shown instead of ``images``, to see that a difference is noticed.
 
+    Returns:
+        How they answer. A fault of llama.cpp that is known, and accounts for what differs, is told in the notes.
+
     Raises:
         ValueError: If llama.cpp cannot load the files, or they do not answer as the model.
     """
@@ -123,7 +126,7 @@ def verify_images(
             f"{verified.kl:.2g} nats). The file is right: with the same fault put into transformers, they differ by "
             f"{with_fault.difference:.2g}. Do not rely on its answers on images until it is mended there."
         )
-        return replace(with_fault, notes=(*with_fault.notes, note))
+        return replace(verified, notes=(*verified.notes, note))
     return verified
 
 
@@ -212,8 +215,8 @@ def _prompt(llama: LlamaCpp, weights: VisionLanguageWeights, question: str, note
     text = rendered.replace(placed, marker)
     theirs = llama.render([{"role": "user", "content": [_as_url(each) for each in parts]}])
     bos = tokenizer.bos_token or ""
-    text = text.removeprefix(bos)  # which llama.cpp puts there itself
-    if theirs.removeprefix(bos) != text and not notes:
+    text, theirs = text.removeprefix(bos), theirs.removeprefix(bos)  # which llama.cpp puts there itself
+    if theirs != text and not notes:
         notes.append(
             f"llama.cpp renders a message with an image as {theirs.replace(marker, '<image>')!r}; transformers' "
             f"template gives {text.replace(marker, '<image>')!r}, where <image> is the image."

@@ -56,10 +56,14 @@ def test_every_family_answers_on_images_in_llama_cpp_as_in_transformers(name, sa
     language = export(directory)
     seen = language.verified_images
     assert language.verified.difference < 0.02
-    assert seen.difference < 0.02
-    assert seen.top1 == 1
-    # What llama.cpp does with CLIP's class token is its own fault, which is told.
-    assert any("issues/25814): on images, its log" in note for note in seen.notes) == (name == "llava-clip")
+    fault = [note for note in seen.notes if "issues/25814): on images, its log" in note]
+    if not fault:
+        assert seen.difference < 0.02
+        assert seen.top1 == 1
+    else:  # What llama.cpp does with CLIP's class token is its own fault, which is told, and computed here as well.
+        assert name == "llava-clip"
+        assert seen.difference > 0.05
+        assert float(re.findall(r"transformers, they differ by ([\d.e-]+)\. Do", fault[0])[0]) < 0.02
 
     # Controls: another picture of the same size, and the tower of another model.
     weights = VisionLanguageWeights(directory)
@@ -232,6 +236,7 @@ def test_a_4_bit_base_is_exported_dequantized(save, tmp_path):
         ("qwen2_5_vl", {"vision_config": {"fullatt_block_indexes": [0, 1]}}, "full attention in the blocks [0, 1]"),
         ("qwen2_vl", {"vision_config": {"mlp_ratio": 1}}, "as wide as its hidden states"),
         ("llava-siglip", {"vision_config": {"hidden_act": "relu"}}, "'relu' is none of llama.cpp's vision towers"),
+        ("llava-siglip", {"projector_hidden_act": "silu"}, "compute GELU, this model's 'silu'"),
     ],
 )  # fmt: skip
 def test_what_llama_cpp_does_not_compute_is_refused(name, options, message, save, tmp_path):
@@ -248,7 +253,11 @@ def test_what_is_missing_is_named(save, tmp_path):
     (directory / "preprocessor_config.json").rename(directory / "other.json")
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json with image_mean"):
         export_mmproj(VisionLanguageWeights(directory), output)
-    (directory / "other.json").rename(directory / "preprocessor_config.json")
+    processor = json.loads((directory / "other.json").read_text())
+    (directory / "preprocessor_config.json").write_text(json.dumps({**processor, "rescale_factor": 0.5}))
+    with pytest.raises(ValueError, match="does not divide pixels by 255"):
+        export_mmproj(VisionLanguageWeights(directory), output)
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.raises(ValueError, match="name two files"):
         export_vision_gguf(VisionLanguageWeights(directory), {"f16": output}, output)
     with pytest.raises(ValueError, match="not as q8_0: they are not quantized"):
