@@ -28,7 +28,8 @@ from lightning_qlora.modules.checkpoints.resolve import resolve_model
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.export.gguf import Exported, check_file_types, export_gguf, export_gguf_adapter
-from lightning_qlora.modules.export.llama_cpp import PROMPTS, Verified, is_available
+from lightning_qlora.modules.export.llama_cpp import PROMPTS, Verified
+from lightning_qlora.modules.export.llama_cpp_process import is_available
 from lightning_qlora.modules.export.mmproj import export_vision_gguf
 from lightning_qlora.modules.export.vision_weights import is_vision_language, read_weights
 from lightning_qlora.modules.export.weights import FinetunedWeights, find_base, logit_difference

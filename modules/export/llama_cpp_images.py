@@ -32,7 +32,8 @@ from ._gguf_vision import (
     vision_architecture_of,
 )
 from ._gguf_vision_file import read_image_processor
-from .llama_cpp import LISTED, Found, LlamaCpp, Verified, judge, rounding, summary
+from .llama_cpp import LISTED, Found, Verified, judge, rounding, summary
+from .llama_cpp_process import LlamaCpp
 from .vision_weights import VisionLanguageWeights
 
 #: What is asked about the images, in place of ``{}``.
