@@ -7,25 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from gguf import GGUFReader, TokenType
 from peft import LoraConfig, get_peft_model
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lightning_qlora.modules.export import gguf
 from lightning_qlora.modules.export._gguf_vision import vision_architecture_of
+from lightning_qlora.modules.export._gguf_vision_file import read_image_processor
 from lightning_qlora.modules.export.gguf import Exported, export_gguf_adapter
 from lightning_qlora.modules.export.llama_cpp_images import patterns, verify_images
+from lightning_qlora.modules.export.llama_cpp_process import LlamaCpp
 from lightning_qlora.modules.export.mmproj import export_mmproj, export_vision_gguf
 from lightning_qlora.modules.export.vision_weights import VisionLanguageWeights, read_weights
 from lightning_qlora.modules.export.weights import FinetunedWeights
 from tests.modules.export.gguf_models import value
-from tests.modules.export.vision_models import FAMILIES, save_vision_model
+from tests.modules.export.vision_models import FAMILIES, VOCAB_SIZE, save_vision_model
 
 pytest.importorskip("xllamacpp", reason="needs the extra llama.cpp")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +111,31 @@ def test_a_template_of_typed_parts_beside_the_tokenizer(save, tmp_path):
     assert language.stop_tokens[0] == 2
     assert value(language.path, "tokenizer.chat_template") == template
     assert "llama.cpp renders the chat template as" not in "".join(language.verified.notes)
+
+
+def test_tiles_of_an_idefics3_are_those_of_transformers(save, tmp_path):
+    """An image of two tiles. It has horizontal stripes, which the whole image keeps when its width is halved."""
+    directory = save("idefics3")
+    path, weights = export(directory).path, VisionLanguageWeights(directory)
+    stripes = np.random.default_rng(0).integers(0, 256, (32, 1, 3), dtype=np.uint8).repeat(64, 1)
+    file = tmp_path / "stripes.png"
+    Image.fromarray(stripes).save(file)
+    processor = read_image_processor(directory)
+    try:
+        pictures = transformers.Idefics3ImageProcessorPil.from_dict(processor)([Image.open(file)], return_tensors="pt")
+    except ImportError:
+        pytest.skip("transformers' processor of Idefics3 needs torchvision in this version")
+    assert pictures["pixel_values"].shape == (1, 3, 3, 32, 32)
+    tokenizer = weights.chat_format.tokenizer
+    fake, tokens = "<fake_token_around_image>", "<image>" * 4
+    tiles = f"{fake}<row_1_col_1>{tokens}{fake}<row_1_col_2>{tokens}\n\n{fake}<global-img>{tokens}{fake}"
+    ids = torch.tensor(tokenizer(f"look: {tiles} what is it?")["input_ids"])
+    expected = weights.logits(ids, inputs={"pixel_values": pictures["pixel_values"]})[-1].log_softmax(-1)
+    with LlamaCpp(path, context=256, mmproj=tmp_path / "mmproj.gguf") as llama:
+        ((found, log_probs),) = llama.log_probs_of_images(
+            f"look: {llama.media_marker} what is it?", [file.read_bytes()], 1, VOCAB_SIZE
+        )
+    assert float((log_probs - expected[found]).abs().max()) < 0.02
 
 
 def test_llavas_unused_block_and_norm_are_left_out(save, tmp_path):

@@ -25,7 +25,7 @@ _MARKS = {
 _EXTRA = {
     "llava": ["<image>"],
     "pixtral": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"],
-    "idefics3": ["<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"],
+    "idefics3": ["<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>"],
     "qwen": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
     "gemma3": ["<start_of_image>", "<end_of_image>", "<image_soft_token>"],
 }
