@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from .gguf import Exported, export_gguf, export_gguf_adapter
     from .llama_cpp import Verified, verify_gguf
     from .merge import Merged, merge_adapter
+    from .mmproj import export_mmproj, export_vision_gguf
+    from .vision_weights import VisionLanguageWeights
     from .weights import FinetunedWeights
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
@@ -17,8 +19,11 @@ __all__ = [
     "FinetunedWeights",
     "Merged",
     "Verified",
+    "VisionLanguageWeights",
     "export_gguf",
     "export_gguf_adapter",
+    "export_mmproj",
+    "export_vision_gguf",
     "merge_adapter",
     "verify_gguf",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..models.families import attention_softcap, family_of, head_dim, layer_windows
+from ..models.families import FAMILIES, attention_softcap, family_of, head_dim, layer_windows
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Architecture:
         rope_scalings: The types of rope scaling that it computes.
         untied: Whether it can have a head of its own.
         no_rope_every: Every such layer has no rotary embedding, whatever the file says.
+        rope_sections: Whether positions are time, height and width, each of which rotates a section of a head (M-RoPE).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Architecture:
     rope_scalings: frozenset[str] = frozenset({"linear", "yarn"})
     untied: bool = True
     no_rope_every: int | None = None
+    rope_sections: bool = False
 
 
 _WITH_FACTORS = frozenset({"linear", "yarn", "llama3", "longrope"})
@@ -61,8 +63,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("phi3", rope_scalings=frozenset({"longrope"})),
         Architecture("gemma2", norm_offset=1.0, window_period=2, untied=False),
         Architecture("gemma3", norm_offset=1.0, window_period=6),
+        Architecture("qwen2vl", rope_sections=True, rope_scalings=frozenset()),
+        Architecture("qwen3vl", rope_sections=True, rope_scalings=frozenset()),
     )
 }
+
+#: The language models of vision-language models that are no causal language models by themselves, by ``model_type``.
+_OF_VISION_LANGUAGE = {"qwen2_vl_text": "qwen2vl", "qwen2_5_vl_text": "qwen2vl", "qwen3_vl_text": "qwen3vl"}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -71,6 +78,13 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises:
         ValueError: If the family has no architecture in llama.cpp that is known here.
     """
+    if config.model_type in _OF_VISION_LANGUAGE:
+        return ARCHITECTURES[_OF_VISION_LANGUAGE[config.model_type]]
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"The language model is of the type {config.model_type!r}, whose architecture in llama.cpp is not known "
+            f"here. Known: {', '.join([*FAMILIES, *_OF_VISION_LANGUAGE])}."
+        )
     family = family_of(config)
     found = ARCHITECTURES.get(family.gguf_architecture)
     if found is None:
@@ -169,7 +183,7 @@ def write_configuration(
     ):
         if (value := getattr(config, attribute, None)) is not None:
             add(float(value))
-    return _write_rope(writer, architecture, config), notes
+    return _write_rope(writer, architecture, config, notes), notes
 
 
 def _check(architecture: Architecture, config: PretrainedConfig) -> None:
@@ -233,7 +247,9 @@ def _context_length(writer: GGUFWriter, architecture: Architecture, config: Pret
     return context
 
 
-def _write_rope(writer: GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> dict[str, Tensor]:
+def _write_rope(
+    writer: GGUFWriter, architecture: Architecture, config: PretrainedConfig, notes: list[str]
+) -> dict[str, Tensor]:
     by_layer_type = "full_attention" in config.rope_parameters
     layer_type = "full_attention" if by_layer_type else None
     rope: Mapping[str, Any] = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
@@ -245,6 +261,21 @@ def _write_rope(writer: GGUFWriter, architecture: Architecture, config: Pretrain
     rotated = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
     writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(rotated)
+    if architecture.rope_sections:
+        sections = [int(size) for size in rope.get("mrope_section") or ()]
+        if len(sections) != 3 or sum(sections) != rotated // 2:
+            raise ValueError(
+                f"The model's mrope_section={sections or None} is not three sections of {rotated // 2} rotary pairs."
+            )
+        writer.add_rope_dimension_sections([*sections, 0])
+        # Interleaved sections: llama.cpp's ggml_rope_multi leaves pairs beyond three times a section unrotated.
+        left = [i for i in range(sum(sections)) if rope.get("mrope_interleaved") and i >= 3 * sections[i % 3]]
+        if left:
+            angle = config.max_position_embeddings * base ** (-2 * left[0] / rotated)
+            notes.append(
+                f"llama.cpp does not rotate the pairs {', '.join(map(str, left))} of each head (mrope_section="
+                f"{sections}), which transformers rotates by up to {angle:.2g} radians at the end of the context."
+            )
     if kind == "default":
         return {}
     if kind not in architecture.rope_scalings:

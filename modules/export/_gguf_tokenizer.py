@@ -125,13 +125,16 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequence[int] = ()) -> Vocabulary:
+def read_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Sequence[int] = (), control: Sequence[str] = ()
+) -> Vocabulary:
     """A fast tokenizer of transformers in GGUF's terms.
 
     Args:
         tokenizer: The one that training used.
         vocab_size: Rows of the embeddings.
         eos_ids: What the generation configuration calls ends of text, most important first.
+        control: Tokens that no text consists of although the tokenizer does not call them special, such as an image's.
 
     Raises:
         ValueError: If llama.cpp has no such tokenizer, or its vocabulary is larger than the embeddings.
@@ -148,8 +151,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids
     kind, pre = _kind(tokenizer, raw)
     tokens, types = _tokens(raw, vocab_size, kind, tokenizer.unk_token, notes)
     stop_tokens = _stop_tokens(tokenizer, eos_ids)
-    for token in stop_tokens:
-        if types[token] == TokenType.USER_DEFINED:  # which llama.cpp would write into the answer
+    marks = [token for token in tokenizer.convert_tokens_to_ids(list(control)) if token is not None]
+    for token in (*stop_tokens, *marks):
+        if token < vocab_size and types[token] == TokenType.USER_DEFINED:  # llama.cpp would write it into the answer
             types[token] = TokenType.CONTROL
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     first = tokenizer("a")["input_ids"]
@@ -307,6 +311,24 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """A chat as text. Templates of vision-language models may take contents as lists of typed parts only: as strings,
+    they leave them out or refuse them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        if all(message["content"].strip() in str(text) for message in messages):
+            return str(text)
+    except (jinja2.TemplateError, TypeError):
+        pass
+    typed = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+    return str(tokenizer.apply_chat_template(typed, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
 def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The last special or added token that the chat template writes after an assistant's words, with which training
     taught the model to end; ``None`` without a template, or if it writes none.
@@ -315,8 +337,8 @@ def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     question = [{"role": "user", "content": "a"}]
     try:
-        before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "b"}], tokenize=False)
+        before = render_chat(tokenizer, question, add_generation_prompt=True)
+        after = render_chat(tokenizer, [*question, {"role": "assistant", "content": "b"}])
     except jinja2.TemplateError as error:
         raise ValueError(f"The tokenizer's chat template refuses a question and an answer: {error}") from error
     turn = after[len(before) :] if after.startswith(before) else after[after.rindex("b") :]

@@ -22,6 +22,9 @@ def _serve(options: dict[str, Any]) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    if options["mmproj"] is not None:
+        params.mmproj.path = options["mmproj"]
+        params.mmproj_use_gpu = False
     if options["lora"] is not None:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = options["lora"], 1.0

@@ -6,29 +6,26 @@ Written tensor by tensor: beside the base's file, memory holds a weight as it is
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, Keys
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..checkpoints.tokenizer import load_tokenizer
 from ..models.families import load_config
 from ._gguf_architecture import Names, architecture_of, transformed, write_configuration
+from ._gguf_file import Planned, Progress, count_types, staged_file, write_tensors
 from ._gguf_tokenizer import read_vocabulary
-from ._gguf_types import FileType, Place, byte_shape, convert, find_file_type, tensor_type
+from ._gguf_types import FileType, Place, find_file_type, tensor_type
+from ._gguf_vision_file import image_tokens, write_language_configuration
 from .llama_cpp import Verified, verify_gguf
-from .weights import FinetunedWeights, adapter_config, read_updates
-
-#: Called with the bytes written so far and those of the whole file.
-Progress = Callable[[int, int], None]
+from .llama_cpp_images import verify_images
+from .vision_weights import VisionLanguageWeights, is_vision_language, read_weights
+from .weights import FinetunedWeights, LoraUpdate, adapter_config, read_updates
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Exported:
         stop_tokens: Ids that end an answer, that of the training's chat template first.
         notes: Where llama.cpp differs from transformers, or the file from what was asked for, in sentences.
         verified: How it answers in llama.cpp; ``None`` if it was not run.
+        verified_images: How it answers on images; ``None`` if it was not run with a vision tower.
     """
 
     path: Path
@@ -56,20 +54,7 @@ class Exported:
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     verified: Verified | None = None
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A tensor to be written; ``source`` is transformers' name, or the tensor itself."""
-
-    name: str
-    source: str | Tensor
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(byte_shape(self.shape, self.kind)))
+    verified_images: Verified | None = None
 
 
 def export_gguf(
@@ -80,8 +65,9 @@ def export_gguf(
     name: str | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    mmproj: str | Path | None = None,
 ) -> Exported:
-    """Write a finetuned model as one GGUF file.
+    """Write a finetuned model as one GGUF file; of a vision-language model its language model.
 
     Args:
         weights: The model. Its base's directory must have a tokenizer.
@@ -91,6 +77,8 @@ def export_gguf(
         progress: Called after each tensor.
         verify: Run the file in llama.cpp before it gets its name, see
             :func:`~lightning_qlora.modules.export.llama_cpp.verify_gguf`.
+        mmproj: The vision tower's file (:func:`~lightning_qlora.modules.export.mmproj.export_mmproj`), with which
+            images are part of running it.
 
     Raises:
         ValueError: If llama.cpp cannot compute the model or its tokenizer, ``output`` exists, the disk is too small, or
@@ -101,33 +89,35 @@ def export_gguf(
     architecture = architecture_of(config)
     chat_format = weights.chat_format
     tokenizer = chat_format.tokenizer
-    vocabulary = read_vocabulary(tokenizer, config.vocab_size, chat_format.stops)
-    with _staged(output) as staged:
+    vision = weights if isinstance(weights, VisionLanguageWeights) else None
+    marks = image_tokens(vision, tokenizer) if vision else ()
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, chat_format.stops, marks)
+    with staged_file(output) as staged:
         writer = GGUFWriter(None, architecture.name)
         writer.add_type(GGUFType.MODEL)
         writer.add_name(name or base.name)
         writer.add_file_type(kind.id)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         extra, notes = write_configuration(writer, architecture, config)
+        if vision:
+            write_language_configuration(writer, vision)
         vocabulary.write(writer)
-        planned = [
-            _Planned(key, tensor, tuple(tensor.shape), GGMLQuantizationType.F32) for key, tensor in extra.items()
-        ]
+        planned = [Planned(key, tensor, tuple(tensor.shape), GGMLQuantizationType.F32) for key, tensor in extra.items()]
         planned += _plan(weights, kind)
         notes = [*vocabulary.notes, *notes, *_type_notes(kind, planned)]
 
-        def tensor(each: _Planned) -> Tensor:
+        def tensor(each: Planned) -> Tensor:
             if isinstance(each.source, Tensor):
                 return each.source  # of rope scaling
             return transformed(architecture, config, each.source, weights.merged(each.source))
 
-        _write(writer, staged, planned, tensor, progress)
+        write_tensors(writer, staged, planned, tensor, progress)
         exported = Exported(
             output,
             kind.name,
             staged.stat().st_size,
-            len(weights.updates),
-            _count(planned),
+            sum(name in weights.shapes for name in weights.updates),
+            count_types(planned),
             perf_counter() - began,
             vocabulary.stop_tokens,
             tuple(notes),
@@ -135,6 +125,8 @@ def export_gguf(
         if verify:
             verified = verify_gguf(staged, weights, tokenizer, kind.name, vocabulary.stop_tokens)
             exported = replace(exported, verified=verified)
+            if vision and mmproj is not None:
+                exported = replace(exported, verified_images=verify_images(staged, mmproj, vision, kind.name))
     return exported
 
 
@@ -162,9 +154,9 @@ def export_gguf_adapter(
     began, output, kind = perf_counter(), Path(output), find_file_type(file_type)
     if kind.is_quantized:
         raise ValueError(f"Adapters are small: write them as f32, f16 or bf16, not as {kind.name}.")
-    config = load_config(base)
+    config, updates = _read_adapter(base, adapter)
     architecture = architecture_of(config)
-    updates, names = read_updates(adapter, config), Names(architecture, config.num_hidden_layers)
+    names = Names(architecture, config.num_hidden_layers)
     alpha = float(adapter_config(adapter).lora_alpha)
     planned = []
     for source, update in updates.items():
@@ -173,8 +165,8 @@ def export_gguf_adapter(
         b = transformed(architecture, config, source, b)
         for suffix, part in (("lora_a", update.a), ("lora_b", b)):
             kind_of_part = tensor_type(kind, tuple(part.shape), Place("", 0, 1, 1, is_head=False))
-            planned.append(_Planned(f"{names(source)}.{suffix}", part, tuple(part.shape), kind_of_part))
-    with _staged(output) as staged:
+            planned.append(Planned(f"{names(source)}.{suffix}", part, tuple(part.shape), kind_of_part))
+    with staged_file(output) as staged:
         writer = GGUFWriter(None, architecture.name)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
@@ -182,24 +174,34 @@ def export_gguf_adapter(
         writer.add_name(Path(adapter).resolve().name)
         writer.add_file_type(kind.id)
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        _write(writer, staged, planned, _given, None)
+        write_tensors(writer, staged, planned, _given, None)
         exported = Exported(
-            output, kind.name, staged.stat().st_size, len(updates), _count(planned), perf_counter() - began
+            output, kind.name, staged.stat().st_size, len(updates), count_types(planned), perf_counter() - began
         )
         if base_gguf is not None:
-            weights = FinetunedWeights(base, adapter)
+            weights = read_weights(base, adapter)
             verified = verify_gguf(base_gguf, weights, load_tokenizer(base), kind.name, lora=staged)
             exported = replace(exported, verified=verified)
     return exported
 
 
-def _given(planned: _Planned) -> Tensor:
+def _read_adapter(base: str | Path, adapter: str | Path) -> tuple[PretrainedConfig, dict[str, LoraUpdate]]:
+    """The (language) model's configuration, and what the adapter adds to it."""
+    if not is_vision_language(base):
+        config = load_config(base)
+        return config, read_updates(adapter, config)
+    weights = VisionLanguageWeights(base, adapter)
+    if beyond := [name for name in (*weights.updates, *weights.replaced) if name not in weights.shapes]:
+        raise ValueError(
+            f"{adapter} changes the vision tower or the projector ({min(beyond)}), which llama.cpp's adapters cannot: "
+            "leave --adapter_only out, so that both files are written merged."
+        )
+    return weights.config, weights.updates
+
+
+def _given(planned: Planned) -> Tensor:
     assert isinstance(planned.source, Tensor)
     return planned.source
-
-
-def _count(planned: list[_Planned]) -> dict[str, int]:
-    return dict(Counter(each.kind.name for each in planned))
 
 
 def check_file_types(names: Sequence[str]) -> list[str]:
@@ -214,19 +216,7 @@ def check_file_types(names: Sequence[str]) -> list[str]:
     return found
 
 
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A path to write to, whose file gets the name ``output`` if nothing is raised, and else is removed."""
-    if output.exists():
-        raise ValueError(f"{output} exists already. Name a new file.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        staged = Path(scratch) / output.name
-        yield staged
-        staged.replace(output)
-
-
-def _plan(weights: FinetunedWeights, kind: FileType) -> list[_Planned]:
+def _plan(weights: FinetunedWeights, kind: FileType) -> list[Planned]:
     config = weights.config
     names = Names(architecture_of(config), config.num_hidden_layers)
     planned = []
@@ -240,11 +230,11 @@ def _plan(weights: FinetunedWeights, kind: FileType) -> list[_Planned]:
             config.num_attention_heads // config.num_key_value_heads,
             is_head=parts[0] == ("token_embd" if config.tie_word_embeddings else "output"),
         )
-        planned.append(_Planned(name, source, shape, tensor_type(kind, shape, place)))
+        planned.append(Planned(name, source, shape, tensor_type(kind, shape, place)))
     return planned
 
 
-def _type_notes(kind: FileType, planned: list[_Planned]) -> list[str]:
+def _type_notes(kind: FileType, planned: list[Planned]) -> list[str]:
     fallen = [each for each in planned if kind.is_quantized and len(each.shape) > 1 and each.kind.name == "F16"]
     blocks = {each.shape[-1] for each in planned if kind.needs_libgguf and len(each.shape) > 1 and each.shape[-1] % 256}
     notes = []
@@ -258,39 +248,3 @@ def _type_notes(kind: FileType, planned: list[_Planned]) -> list[str]:
             "blocks of 32, and the file becomes larger."
         )
     return notes
-
-
-def _write(
-    writer: GGUFWriter,
-    path: Path,
-    planned: list[_Planned],
-    tensor: Callable[[_Planned], Tensor],
-    progress: Progress | None,
-) -> None:
-    total = sum(each.nbytes for each in planned)
-    _check_disk(path.parent, total)
-    for each in planned:
-        shape = byte_shape(each.shape, each.kind)
-        writer.add_tensor_info(each.name, shape, np.dtype(np.uint8), each.nbytes, raw_dtype=each.kind)
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        done = 0
-        for each in planned:
-            # No name for the tensor, which would keep it alive beside the next one.
-            writer.write_tensor_data(convert(tensor(each), each.kind, each.name))
-            done += each.nbytes
-            if progress is not None:
-                progress(done, total)
-    finally:
-        writer.close()
-
-
-def _check_disk(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed + 64 * 2**20:  # the vocabulary takes up to some 20 MB
-        raise ValueError(
-            f"The file needs {needed / 2**30:.2f} GiB, but {directory} has {free / 2**30:.2f} GiB free. Free some, "
-            "name a file on another disk, or take a --type of fewer bits."
-        )

@@ -1,25 +1,14 @@
 """A GGUF file in a real llama.cpp: what it answers, and whether that is what the exported model answers.
 
-Needs the ``llama.cpp`` extra (``xllamacpp``, llama.cpp as a wheel). It runs in a process of its own, because a file
-that it cannot compute ends the process.
-
 Shapes: S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
@@ -28,7 +17,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ._gguf_architecture import Names, architecture_of
+from ._gguf_tokenizer import render_chat
 from ._gguf_types import FILE_TYPES, FileType, convert
+from .llama_cpp_process import LlamaCpp
 from .weights import FinetunedWeights
 
 #: Questions whose answers are compared: several scripts, digits, code, spaces, and one that is filled up to a few
@@ -46,149 +37,8 @@ PROMPTS = (
 _LONG = "In the year {} the keeper of the lighthouse wrote down how many ships had passed: {}. "
 
 
-def is_available() -> bool:
-    """Whether the ``llama.cpp`` extra is installed."""
-    return find_spec("xllamacpp") is not None
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp, as a context manager.
-
-    Args:
-        model: The file.
-        context: Tokens that a request may have.
-        lora: An adapter as a GGUF file, which is added to the model.
-        threads: Threads it computes with; by default as many as torch.
-
-    Attributes:
-        context: Tokens that a request may have: what was asked for, or what the file allows.
-
-    Raises:
-        ValueError: If the extra is not installed, or llama.cpp cannot load the file.
-    """
-
-    def __init__(
-        self, model: str | Path, *, context: int = 1024, lora: str | Path | None = None, threads: int | None = None
-    ) -> None:
-        if not is_available():
-            raise ValueError(
-                "xllamacpp is not installed, so the file cannot be run. Install it: pip install "
-                "'lightning-qlora[llama.cpp]'; or pass --verify=false."
-            )
-        self.model = Path(model)
-        options = {
-            "model": str(model), "context": context, "lora": None if lora is None else str(lora),
-            "threads": threads or torch.get_num_threads(),
-        }  # fmt: skip
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as this object
-        # -P: a directory in which a package `kernels` lies, like this repository, must not be on the path.
-        command = [sys.executable, "-P", "-m", f"{__package__}._llama_cpp_server", json.dumps(options)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-        assert self._process.stdout is not None
-        # Not through a proxy, which the environment may name.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._address = ""
-        for line in self._process.stdout:
-            if line.startswith("http"):
-                self._address = line.strip()
-                self.context = int(self._get("/props")["default_generation_settings"]["n_ctx"])
-                return
-        self.close()
-        raise ValueError(f"llama.cpp cannot load {model}: {self._last_error()}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    def _last_error(self) -> str:
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        told = [
-            line for line in lines if "error" in line.lower() or "failed" in line.lower() or "unknown" in line.lower()
-        ]
-        return (told or lines or ["it said nothing"])[0]
-
-    def _get(self, path: str) -> Any:
-        return self._request(urllib.request.Request(self._address + path))
-
-    def _post(self, path: str, **body: Any) -> Any:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        return self._request(urllib.request.Request(self._address + path, data, headers))
-
-    def _request(self, request: urllib.request.Request) -> Any:
-        try:
-            with self._opener.open(request) as response:
-                return json.load(response)
-        except OSError as error:
-            detail = error.read().decode() if isinstance(error, urllib.error.HTTPError) else self._last_error()
-            raise ValueError(f"llama.cpp fails with {self.model} ({error}): {detail}") from error
-
-    def _complete(self, ids: Sequence[int], tokens: int, **options: Any) -> Any:
-        return self._post(
-            "/completion",
-            prompt=list(ids),
-            n_predict=tokens,
-            samplers=["top_k"],
-            top_k=1,
-            return_tokens=True,
-            **options,
-        )
-
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """The ids of a text, in which special tokens are recognised.
-
-        Args:
-            text: The text.
-            add_special: Whether bos and eos are added as the file says.
-        """
-        return [int(token) for token in self._post("/tokenize", content=text, add_special=add_special)["tokens"]]
-
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """A chat as text by the file's chat template, up to where the assistant begins."""
-        return str(self._post("/apply-template", messages=list(messages))["prompt"])
-
-    def log_probs(self, ids: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the token after ``ids``, of the ``count`` likeliest ones.
-
-        Returns:
-            Their ids, int64 [count], and log-probabilities, float32 [count].
-        """
-        # Log-probabilities come from before sampling, but are left out beside a part of a character. So "a" is sampled.
-        letter = self.tokenize("a", add_special=False)[-1]
-        answer = self._complete(ids, 1, n_probs=count, logit_bias=[[letter, 1e6]])
-        entries = answer["completion_probabilities"][0]["top_logprobs"]
-        return torch.tensor([e["id"] for e in entries]), torch.tensor([e["logprob"] for e in entries])
-
-    def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """The likeliest token after ``ids``, and so on, up to ``tokens`` or the end of the answer."""
-        return [int(token) for token in self._complete(ids, tokens)["tokens"]]
-
-    def stops_at(self, token: int, ids: Sequence[int]) -> bool:
-        """Whether ``token`` ends an answer: it is made the likeliest one after ``ids``."""
-        answer = self._complete(ids, 2, logit_bias=[[token, 1e6]])
-        return bool(answer["stop_type"] == "eos")
-
-
-# --- the check -------------------------------------------------------------------------------------------------------
-
 #: Tokens that are compared one by one at each position; the rest of the vocabulary counts as one more.
-_LISTED = 1024
+LISTED = 1024
 _CONTINUATION = 8
 
 
@@ -262,13 +112,13 @@ def verify_gguf(
         ]
         rows = [ids + answer for ids, answer in zip(asked, answers, strict=True)]
         expected = _expected(weights, rows, spans)
-        rounded = _expected(weights, rows, spans, _rounding(path, weights)) if kind.is_quantized else expected
+        rounded = _expected(weights, rows, spans, rounding(path, weights)) if kind.is_quantized else expected
         found = [
-            [llama.log_probs(row[: position + 1], min(_LISTED, weights.config.vocab_size)) for position in span]
+            [llama.log_probs(row[: position + 1], min(LISTED, weights.config.vocab_size)) for position in span]
             for row, span in zip(rows, spans, strict=True)
         ]
-    verified = _summary(found, expected, rounded, tuple(notes))
-    _judge(verified, kind, found, expected)
+    verified = summary(found, expected, rounded, tuple(notes))
+    judge(verified, kind, found, expected)
     return verified
 
 
@@ -294,21 +144,14 @@ def _texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], longest: 
     texts = [*prompts, *[long] * bool(long)]
     if not tokenizer.chat_template:
         return texts
-    return [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for text in texts
-    ]
+    return [render_chat(tokenizer, [{"role": "user", "content": each}], add_generation_prompt=True) for each in texts]
 
 
 def _compare_rendering(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
     if not tokenizer.chat_template:
         return
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    ours = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    ours = render_chat(tokenizer, chat, add_generation_prompt=True)
     theirs = llama.render(chat)
     bos = tokenizer.bos_token or ""  # which llama.cpp leaves to the tokenizer
     if ours.removeprefix(bos) != theirs.removeprefix(bos):
@@ -334,12 +177,14 @@ def _compare_tokens(llama: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: s
     return ours
 
 
-def _rounding(path: str | Path, weights: FinetunedWeights) -> Callable[[str, Tensor], Tensor]:
+def rounding(path: str | Path, weights: FinetunedWeights) -> Callable[[str, Tensor], Tensor]:
     """What a weight becomes when it is stored in the type that it has in the file, which is made anew."""
     types = {each.name: each.tensor_type for each in GGUFReader(path).tensors}
     names = Names(architecture_of(weights.config), weights.config.num_hidden_layers)
 
     def rounded(name: str, weight: Tensor) -> Tensor:
+        if name not in weights.shapes:
+            return weight  # of a vision tower, which is not quantized
         kind = GGMLQuantizationType(types[names(name)])
         if kind == GGMLQuantizationType.F32:
             return weight
@@ -370,10 +215,10 @@ def _expected(
     return [found[i] for i in range(len(rows))]
 
 
-_Found = list[list[tuple[Tensor, Tensor]]]
+Found = list[list[tuple[Tensor, Tensor]]]
 
 
-def _summary(found: _Found, expected: list[Tensor], rounded: list[Tensor], notes: tuple[str, ...]) -> Verified:
+def summary(found: Found, expected: list[Tensor], rounded: list[Tensor], notes: tuple[str, ...]) -> Verified:
     kls, rounded_kls, same, difference = [], [], 0, 0.0
     for answer, ours, ours_rounded in zip(found, expected, rounded, strict=True):
         for (ids, theirs), reference, reference_rounded in zip(answer, ours, ours_rounded, strict=True):
@@ -403,7 +248,7 @@ _ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.3}
 _ARITHMETIC_KL = 0.03
 
 
-def _judge(verified: Verified, kind: FileType, found: _Found, expected: list[Tensor]) -> None:
+def judge(verified: Verified, kind: FileType, found: Found, expected: list[Tensor]) -> None:
     causes = "A tensor, the rotary embedding or another number of the file is wrong."
     bounds = (
         ("the model's whose weights are rounded as in the file", verified.kl_rounded, _ARITHMETIC_KL, "arithmetic"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bitsandbytes.functional import QuantState
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...kernels.nf4 import Quantized4bit, dequantize_4bit, dequantize_quant_state
 from ..checkpoints.chat_format import ChatFormat
@@ -42,16 +43,23 @@ class LoraUpdate:
         return (self.b @ self.a).mul_(self.scaling).add_(weight)
 
 
+#: What lies between a vision tower and the language model, by a component of its name. Adapters of vision-language
+#: models may hold it whole (``modules_to_save``).
+PROJECTORS = frozenset({"multi_modal_projector", "connector", "merger", "deepstack_merger_list"})
+
+
 def adapter_config(adapter: str | Path) -> LoraConfig:
     """The configuration of a peft adapter that can be merged.
 
     Raises:
         ValueError: If ``adapter`` is no directory of a LoRA adapter, or of a variant that is more than
-            ``W + scaling * B @ A`` (DoRA, trained biases, ``modules_to_save``, ...).
+            ``W + scaling * B @ A`` (DoRA, trained biases, ``modules_to_save`` beyond :data:`PROJECTORS`, ...).
     """
-    return read_adapter_config(
-        adapter, "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-    )
+    remedy = "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+    saved = read_adapter_config(adapter, remedy, trained_modules=None).modules_to_save or ()
+    if all(PROJECTORS & {*name.split(".")} for name in saved):
+        return read_adapter_config(adapter, remedy, tuple(saved))
+    return read_adapter_config(adapter, remedy)
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,34 @@ def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, Lor
     Raises:
         ValueError: If the adapter does not fit a model of ``config``, is not finite, or cannot be merged.
     """
-    lora = adapter_config(adapter)
-    state = read_adapter(adapter, lora)
     with torch.device("meta"):
         model = family_of(config).model_class(config)
+    lora = adapter_config(adapter)
+    state = read_adapter(adapter, lora)
+    if lora.modules_to_save or any(".language_model." in key or ".text_model." in key for key in state):
+        raise ValueError(f"{adapter} is an adapter of a vision-language model, but its base here is a text model.")
+    updates = take_updates(adapter, lora, state, model, tied_head=config.tie_word_embeddings)
+    check_taken(adapter, state)
+    return updates
+
+
+def take_updates(
+    adapter: str | Path, lora: LoraConfig, state: dict[str, Tensor], model: nn.Module, *, tied_head: bool
+) -> dict[str, LoraUpdate]:
+    """The LoRA matrices among an adapter's tensors, by the weight's name in ``model``. Takes them out of ``state``.
+
+    Args:
+        adapter: Its directory, for errors.
+        lora: Its configuration.
+        state: Its tensors by peft's keys.
+        model: The base's structure on the meta device; peft's layers are put into it.
+        tied_head: Whether the head shares the embeddings' weight.
+
+    Raises:
+        ValueError: As :func:`read_updates`.
+    """
+    lora = copy.copy(lora)
+    lora.modules_to_save = None
     try:
         inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
     except ValueError as error:
@@ -118,10 +150,10 @@ def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, Lor
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if isinstance(layer.get_base_layer(), nn.Embedding) or (name == "lm_head" and config.tie_word_embeddings):
+        if not isinstance(layer.get_base_layer(), nn.Linear) or (name == "lm_head" and tied_head):
             raise ValueError(
                 f"{adapter} adapts {name!r}. Only linear layers with a weight of their own can be merged: no "
-                "embeddings, and no head that shares their weight."
+                "embeddings, no convolutions, and no head that shares the embeddings' weight."
             )
         a, b = (_take(state, adapter, f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
         n, k = layer.out_features, layer.in_features
@@ -132,13 +164,17 @@ def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, Lor
                 f"rank {rank}. The adapter was made for another model."
             )
         updates[f"{name}.weight"] = LoraUpdate(a, b, layer.scaling["default"])
+    return updates
+
+
+def check_taken(adapter: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter of which tensors remain that belong nowhere."""
     if state:
         raise ValueError(
             f"{adapter} holds {min(state)!r}, which is no LoRA weight of the base. It is for another model, or was "
             "saved with copies of base weights, which PeftModel.save_pretrained(save_embedding_layers=False) leaves "
             "out."
         )
-    return updates
 
 
 def _take(state: dict[str, Tensor], adapter: str | Path, key: str) -> Tensor:
@@ -172,23 +208,36 @@ class FinetunedWeights:
 
     def __init__(self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False) -> None:
         self.config = load_config(base)
-        self.adapter = None if adapter is None else Path(adapter)
         self.updates = {} if adapter is None else read_updates(adapter, self.config)
-        self.checkpoint = SafetensorsCheckpoint(base)
-        if quantize_base and self.checkpoint.is_quantized:
-            raise ValueError(f"{base} is quantized already: leave quantize_base off.")
-        self._quantized = (
-            tuple(f"{each}.weight" for each in family_of(self.config).projections) if quantize_base else ()
-        )
-        self.is_4bit = self.checkpoint.is_quantized or quantize_base
-        with torch.device("meta"):
-            state = family_of(self.config).model_class(self.config).state_dict()
+        self._open(base, adapter, quantize_base, family_of(self.config).projections)
+        state = self._structure().state_dict()
         if self.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.checkpoint.check_filled(self.shapes, tied_head=self.config.tie_word_embeddings)
         for name, expected in self.shapes.items():
             self._check_shape(name, expected)
+
+    def _open(
+        self, base: str | Path, adapter: str | Path | None, quantize_base: bool, projections: tuple[str, ...]
+    ) -> None:
+        self.adapter = None if adapter is None else Path(adapter)
+        self.checkpoint = SafetensorsCheckpoint(base)
+        if quantize_base and self.checkpoint.is_quantized:
+            raise ValueError(f"{base} is quantized already: leave quantize_base off.")
+        self._quantized = tuple(f"{each}.weight" for each in projections) if quantize_base else ()
+        self.is_4bit = self.checkpoint.is_quantized or quantize_base
+
+    def _structure(self) -> PreTrainedModel:
+        """transformers' model, its weights on the meta device and its buffers computed."""
+        with torch.device("meta"):
+            model = family_of(self.config).model_class(self.config)
+        restore_buffers(model, torch.device("cpu"))
+        return model
+
+    def _own_name(self, name: str) -> str:
+        """The name here of a parameter that transformers' model calls ``name``."""
+        return "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tie_word_embeddings else name
 
     @property
     def chat_format(self) -> ChatFormat:
@@ -234,6 +283,8 @@ class FinetunedWeights:
         adapted: bool = True,
         keep: Tensor | None = None,
         rounded: Callable[[str, Tensor], Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        prepare: Callable[[PreTrainedModel], None] | None = None,
     ) -> Tensor:
         """Logits of transformers' own model in float32, whose layers get their weights when they are called and lose
         them after. The adapter is computed beside its layers, not merged.
@@ -243,22 +294,27 @@ class FinetunedWeights:
             adapted: Whether the adapter takes part.
             keep: The positions whose logits are wanted, int64 [P]; by default all S.
             rounded: Called with the name of each merged weight and the weight; returns what to compute with instead.
+            inputs: What else the model is called with, such as images.
+            prepare: Called with the model before it computes.
 
         Returns:
             float32 [P, V] or [B, P, V].
         """
-        with torch.device("meta"):
-            model = family_of(self.config).model_class(self.config).eval().float()
+        model = self._structure().eval().float()
         model.set_attn_implementation("eager")  # the only one of transformers' that caps scores
-        restore_buffers(model, torch.device("cpu"))
         updates = self.updates if adapted and rounded is None else {}
         weight = self.base if rounded is None else lambda name: rounded(name, self.merged(name))
         for name, module in model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(_load_before(weight, name, self.config.tie_word_embeddings))
-                module.register_forward_hook(_unload_after(updates.get(f"{name}.weight")))
+            own = {each: self._own_name(f"{name}.{each}") for each, _ in module.named_parameters(recurse=False)}
+            if own:
+                module.register_forward_pre_hook(_load_before(weight, own))
+                module.register_forward_hook(_unload_after(updates.get(own.get("weight", ""))))
+        if prepare is not None:
+            prepare(model)
         batch = ids if ids.ndim == 2 else ids[None]
-        logits: Tensor = model(input_ids=batch, use_cache=False, logits_to_keep=0 if keep is None else keep).logits
+        logits: Tensor = model(
+            input_ids=batch, use_cache=False, logits_to_keep=0 if keep is None else keep, **(inputs or {})
+        ).logits
         return logits if ids.ndim == 2 else logits[0]
 
     def close(self) -> None:
@@ -305,20 +361,18 @@ def logit_difference(first: FinetunedWeights, second: FinetunedWeights, ids: Ten
     )  # fmt: skip
 
 
-def _load_before(weight: Callable[[str], Tensor], name: str, tied: bool) -> Callable[[nn.Module, object], None]:
+def _load_before(weight: Callable[[str], Tensor], own: Mapping[str, str]) -> Callable[[nn.Module, object], None]:
     def load(module: nn.Module, _: object) -> None:
         for attribute, _parameter in list(module.named_parameters(recurse=False)):
-            full = f"{name}.{attribute}"
-            if full == "lm_head.weight" and tied:
-                full = "model.embed_tokens.weight"
-            setattr(module, attribute, nn.Parameter(weight(full).float(), requires_grad=False))
+            setattr(module, attribute, nn.Parameter(weight(own[attribute]).float(), requires_grad=False))
 
     return load
 
 
 def _unload_after(update: LoraUpdate | None) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
     def unload(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        module.to("meta")
+        for attribute, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, attribute, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         return output if update is None else output + inputs[0] @ update.a.T @ update.b.T * update.scaling
 
     return unload

@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from lightning_qlora.modules.cli import run_recipe
 from lightning_qlora.modules.lora.config import default_lora
 from tests.modules.export.gguf_models import save_adapter
+from tests.modules.export.vision_models import save_vision_model
 from tests.recipes.runs import recipe_module
 
 pytest.importorskip("xllamacpp", reason="needs the extra llama.cpp")
@@ -69,6 +70,21 @@ def test_the_adapter_alone(export, adapter, tmp_path):
     assert "Not verified: to run it in llama.cpp, pass --base_gguf." in said
 
 
+def test_a_vision_language_model_becomes_two_files(export, tmp_path):
+    model = save_vision_model(tmp_path / "model", "llava-clip")
+    status, said = export("--model", model, "--output", tmp_path / "out" / "m.gguf")
+    assert status == 0, said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"m.gguf", "mmproj-m.gguf"}
+    assert "mmproj-m.gguf: 0 adapted weights; tensors:" in said
+    rows = [[cell.strip() for cell in line.split("│")] for line in said.splitlines() if line.startswith("│")]
+    assert [row[1] for row in rows] == ["f16", "f16 on images"]
+    # llama.cpp's own fault with this tower, and what differs in its chats, are told.
+    said = " ".join(said.split())
+    assert "note: This llama.cpp misplaces the class token of CLIP towers (https://github.com/" in said
+    assert "note: llama.cpp pads images to squares" in said
+    assert "note: llama.cpp renders a message with an image as" in said
+
+
 def test_a_4_bit_base_and_its_original(export, adapter, tiny_llama_dir, tiny_llama_4bit_dir, tmp_path):
     flags = ("--adapter", adapter, "--model", tiny_llama_4bit_dir, "--verify=false")
     status, said = export(*flags, "--output", tmp_path / "a.gguf")
@@ -100,6 +116,8 @@ def test_mistakes_end_with_one_line(export, adapter, tiny_llama_dir, tmp_path):
     status, said = export("--model", tiny_llama_dir, "--output", output)
     assert status == 2
     assert "exists already. Name another --output." in said
+    _, said = export("--model", tiny_llama_dir, "--output", tmp_path / "n.gguf", "--mmproj", tmp_path / "mmproj.gguf")
+    assert f"--mmproj is for the vision tower, which {tiny_llama_dir} has not." in said
 
 
 def test_of_a_run_the_adapter_is_named(export, tmp_path):

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.export import gguf
 from lightning_qlora.modules.export.gguf import export_gguf, export_gguf_adapter
-from lightning_qlora.modules.export.llama_cpp import LlamaCpp, verify_gguf
+from lightning_qlora.modules.export.llama_cpp import verify_gguf
+from lightning_qlora.modules.export.llama_cpp_process import LlamaCpp
 from lightning_qlora.modules.export.weights import FinetunedWeights
 from lightning_qlora.modules.hardware import peak_mib
 from lightning_qlora.modules.models.families import FAMILIES

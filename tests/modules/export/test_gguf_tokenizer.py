@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
 from lightning_qlora.modules.export._gguf_tokenizer import _HASHES, _PROBE, _SPLITS, read_vocabulary, turn_end_token
 from lightning_qlora.modules.export.gguf import export_gguf
-from lightning_qlora.modules.export.llama_cpp import LlamaCpp
+from lightning_qlora.modules.export.llama_cpp_process import LlamaCpp
 from lightning_qlora.modules.export.weights import FinetunedWeights
 from tests.modules.export.gguf_models import VOCAB_SIZE, save_model, save_sentencepiece, value
 

@@ -8,9 +8,10 @@ import pytest
 from gguf import GGUFReader
 
 from lightning_qlora.modules.checkpoints.tokenizer import load_tokenizer
-from lightning_qlora.modules.export import llama_cpp
+from lightning_qlora.modules.export import llama_cpp_process
 from lightning_qlora.modules.export.gguf import export_gguf
-from lightning_qlora.modules.export.llama_cpp import LlamaCpp, verify_gguf
+from lightning_qlora.modules.export.llama_cpp import verify_gguf
+from lightning_qlora.modules.export.llama_cpp_process import LlamaCpp
 from lightning_qlora.modules.export.weights import FinetunedWeights
 from tests.modules.export.gguf_models import save_model
 
@@ -96,6 +97,6 @@ def test_a_truncated_file_is_refused_with_llama_cpps_reason(good, tmp_path):
 
 
 def test_without_the_extra_it_is_said(good, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "is_available", lambda: False)
+    monkeypatch.setattr(llama_cpp_process, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'lightning-qlora\[llama\.cpp\]'; or pass --verify=false"):
         LlamaCpp(good / "f16.gguf")
