@@ -255,6 +255,16 @@ class QLoRAForVisionLanguage(QLoRAForCausalLM):
         )
         return matches(pattern, name)
 
+    def left_unadapted(self) -> str | None:
+        """What the options say is adapted and no adapter is on, as the beginning of a sentence; ``None``: nothing."""
+        adapted = [name for name, _ in self.named_parameters() if is_adapter(name)]
+        in_tower = any(f"model.{self.vision.tower}." in n and not self._is_projector(n) for n in adapted)
+        if self.options.vision_lora and not in_tower:
+            return "The vision tower (--vision_lora) is"
+        if self.options.projector == "lora" and not any(self._is_projector(name) for name in adapted):
+            return "The projector (--projector=lora) is"
+        return None
+
     def quantizes(self, name: str) -> bool:
         """The language model's layers and, if so configured, those of the tower's blocks."""
         if name.startswith(f"model.{self.vision.language_model}."):
