@@ -25,7 +25,7 @@ from ._gguf_vision_file import image_tokens, write_language_configuration
 from .llama_cpp import Verified, verify_gguf
 from .llama_cpp_images import verify_images
 from .vision_weights import VisionLanguageWeights, is_vision_language, read_weights
-from .weights import FinetunedWeights, LoraUpdate, adapter_config, read_updates
+from .weights import FinetunedWeights, LoraUpdate, Replacement, adapter_config, read_updates
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,10 @@ def export_gguf_adapter(
     config, updates = _read_adapter(base, adapter)
     architecture = architecture_of(config)
     names = Names(architecture, config.num_hidden_layers)
-    alpha = float(adapter_config(adapter).lora_alpha)
+    alpha = float(adapter_config(adapter, None).lora_alpha)
     planned = []
     for source, update in updates.items():
+        assert isinstance(update, LoraUpdate), "a language model has nothing that is trained in full"
         # llama.cpp scales by alpha / rank. What this layer's scaling is beyond that goes into B.
         b = update.b * (update.scaling / (alpha / update.b.shape[1]))
         b = transformed(architecture, config, source, b)
@@ -185,13 +186,15 @@ def export_gguf_adapter(
     return exported
 
 
-def _read_adapter(base: str | Path, adapter: str | Path) -> tuple[PretrainedConfig, dict[str, LoraUpdate]]:
+def _read_adapter(
+    base: str | Path, adapter: str | Path
+) -> tuple[PretrainedConfig, dict[str, LoraUpdate | Replacement]]:
     """The (language) model's configuration, and what the adapter adds to it."""
     if not is_vision_language(base):
         config = load_config(base)
         return config, read_updates(adapter, config)
     weights = VisionLanguageWeights(base, adapter)
-    if beyond := [name for name in (*weights.updates, *weights.replaced) if name not in weights.shapes]:
+    if beyond := [name for name in weights.updates if name not in weights.shapes]:
         raise ValueError(
             f"{adapter} changes the vision tower or the projector ({min(beyond)}), which llama.cpp's adapters cannot: "
             "leave --adapter_only out, so that both files are written merged."

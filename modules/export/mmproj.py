@@ -131,7 +131,7 @@ def staged_mmproj(
             return vision_transformed(architecture, weights, tensors[each.name], break_token)
 
         write_tensors(writer, staged, planned, tensor, progress)
-        adapted = sum(name in weights.updates or name in weights.replaced for name in weights.vision_shapes)
+        adapted = sum(name in weights.updates for name in weights.vision_shapes)
         yield staged, Exported(
             output, kind.name, staged.stat().st_size, adapted, count_types(planned), perf_counter() - began,
             notes=tuple(notes),

@@ -23,7 +23,7 @@ from ..checkpoints.chat_format import TEMPLATE_FILE, ChatFormat, read_changes
 from ..checkpoints.config import read_config
 from ..lora.adapter_files import read_adapter
 from ..models.families import FAMILIES
-from .weights import FinetunedWeights, LoraUpdate, adapter_config, check_taken, take_updates
+from .weights import PROJECTORS, FinetunedWeights, LoraUpdate, Replacement, adapter_config, check_taken, take_updates
 
 #: transformers' class of a vision-language model by ``model_type`` of its ``config.json``.
 _CLASSES = {
@@ -97,7 +97,6 @@ class VisionLanguageWeights(FinetunedWeights):
         model_config: The whole configuration; :attr:`config` is the language model's.
         shapes: The shape of each weight of the language model.
         vision_shapes: The shape of each weight of the vision tower and the projector.
-        replaced: What the adapter holds whole, by name.
 
     Raises:
         ValueError: As :class:`~.weights.FinetunedWeights`.
@@ -119,7 +118,7 @@ class VisionLanguageWeights(FinetunedWeights):
         self.config = copy.deepcopy(self.model_config.get_text_config())
         self.config.tie_word_embeddings = tied
         family = FAMILIES.get(self.config.model_type, FAMILIES["llama"])
-        self._open(base, adapter, quantize_base, family.projections)
+        self._open(base, adapter, quantize_base, family.projections, decoder="")
         shapes = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if tied:
             shapes.pop("lm_head.weight")
@@ -129,10 +128,7 @@ class VisionLanguageWeights(FinetunedWeights):
         self._check_files(shapes, tied)
         for name, expected in shapes.items():
             self._check_shape(name, expected)
-        self.updates: dict[str, LoraUpdate] = {}
-        self.replaced: dict[str, Tensor] = {}
-        if adapter is not None:
-            self.updates, self.replaced = _read_adapter(adapter, model, shapes, tied)
+        self.updates = {} if adapter is None else _read_adapter(adapter, model, shapes, tied)
 
     def _check_files(self, shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
         """Check that the checkpoint holds all weights and no others."""
@@ -168,11 +164,7 @@ class VisionLanguageWeights(FinetunedWeights):
         super()._check_shape(self._stored[name], expected)
 
     def base(self, name: str) -> Tensor:
-        """A weight without its adapter, in the dtype that is stored; float32 where that is 4-bit. What the adapter
-        holds whole is the adapter's.
-        """
-        if name in self.replaced:
-            return self.replaced[name]
+        """A weight without its adapter, in the dtype that is stored; float32 where that is 4-bit."""
         quantized, self._quantized = self._quantized, self._quantized if name.startswith("model.") else ()
         try:
             return super().base(self._stored[name])
@@ -180,7 +172,7 @@ class VisionLanguageWeights(FinetunedWeights):
             self._quantized = quantized
 
     def _own_name(self, name: str) -> str:
-        return super()._own_name(canonical(name))
+        return canonical(super()._own_name(canonical(name)))
 
     def _structure(self) -> PreTrainedModel:
         with torch.device("meta"):
@@ -212,9 +204,11 @@ def _load_config(model_class: type[PreTrainedModel], directory: str | Path) -> P
 
 def _read_adapter(
     adapter: str | Path, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], tied: bool
-) -> tuple[dict[str, LoraUpdate], dict[str, Tensor]]:
-    """An adapter's updates, and what it holds whole, by name."""
-    lora = adapter_config(adapter)
+) -> dict[str, LoraUpdate | Replacement]:
+    """An adapter's updates by name, and what it holds whole."""
+    lora = adapter_config(adapter, None)
+    if not all(PROJECTORS & {*name.split(".")} for name in lora.modules_to_save or ()):
+        lora = adapter_config(adapter)  # says what is wrong with it
     prefix = "base_model.model."
     state = {}
     modules = {canonical(name): name for name, _ in model.named_modules()}
@@ -226,18 +220,19 @@ def _read_adapter(
             )
         module, dot, end = key.removeprefix(prefix).partition(".lora_")
         state[f"{prefix}{modules.get(canonical(module), module)}{dot}{end}" if dot else canonical(module)] = tensor
-    updates = take_updates(adapter, lora, state, model, tied_head=tied)
-    replaced = {}
+    taken = take_updates(adapter, lora, state, model, tied_head=tied)
+    updates: dict[str, LoraUpdate | Replacement] = {canonical(name): update for name, update in taken.items()}
     for name in [name for name in state if name.startswith(("projector.", "vision."))]:
-        replaced[name] = state.pop(name).float()
-        if shapes.get(name) != tuple(replaced[name].shape):
+        trained = state.pop(name).float()
+        if shapes.get(name) != tuple(trained.shape):
             raise ValueError(
-                f"{adapter}: {name!r} has shape {tuple(replaced[name].shape)}, but the base's has {shapes.get(name)}."
+                f"{adapter}: {name!r} has shape {tuple(trained.shape)}, but the base's has {shapes.get(name)}."
             )
-        if not replaced[name].isfinite().all():
+        if not trained.isfinite().all():
             raise ValueError(f"{adapter}: {name!r} is not finite; its training diverged. Take an earlier checkpoint.")
+        updates[name] = Replacement(trained)
     check_taken(adapter, state)
-    return {canonical(name): update for name, update in updates.items()}, replaced
+    return updates
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,18 +48,36 @@ class LoraUpdate:
 PROJECTORS = frozenset({"multi_modal_projector", "connector", "merger", "deepstack_merger_list"})
 
 
-def adapter_config(adapter: str | Path) -> LoraConfig:
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that was trained in full, in place of the base's: of a vision-language model's projector.
+
+    Attributes:
+        trained: float32, of the base's shape.
+    """
+
+    trained: Tensor
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The trained tensor."""
+        return self.trained
+
+
+def adapter_config(adapter: str | Path, trained_modules: Sequence[str] | None = ()) -> LoraConfig:
     """The configuration of a peft adapter that can be merged.
+
+    Args:
+        adapter: Its directory.
+        trained_modules: Modules that may have been trained in full, of a vision-language model its projector's;
+            ``None`` allows any, for whoever checks them later.
 
     Raises:
         ValueError: If ``adapter`` is no directory of a LoRA adapter, or of a variant that is more than
             ``W + scaling * B @ A`` (DoRA, trained biases, ``modules_to_save`` beyond :data:`PROJECTORS`, ...).
     """
-    remedy = "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-    saved = read_adapter_config(adapter, remedy, trained_modules=None).modules_to_save or ()
-    if all(PROJECTORS & {*name.split(".")} for name in saved):
-        return read_adapter_config(adapter, remedy, tuple(saved))
-    return read_adapter_config(adapter, remedy)
+    return read_adapter_config(
+        adapter, "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().", trained_modules
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,7 @@ def find_base(model: str | None, adapter: str | Path) -> Base:
     Raises:
         ValueError: If the adapter cannot be merged, or there is no such base.
     """
-    trained_on = adapter_config(adapter).base_model_name_or_path or ""
+    trained_on = adapter_config(adapter, None).base_model_name_or_path or ""
     if not (model or trained_on):
         raise ValueError(f"{adapter} does not name its base. Pass --model.")
     try:
@@ -108,19 +126,35 @@ def _last_part(model: str, directory: Path) -> str:
     return Path(base_name(model, directory)).name
 
 
-def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, LoraUpdate]:
+def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, LoraUpdate | Replacement]:
     """Weight name -> update. peft itself says which layers are adapted, and with which scaling.
+
+    What was trained in full is in it too, which only a vision-language model's projector may have been.
 
     Raises:
         ValueError: If the adapter does not fit a model of ``config``, is not finite, or cannot be merged.
     """
+    vision = family_of(config).vision
+    lora = adapter_config(adapter, None)
+    saved = tuple(lora.modules_to_save or ())
+    if vision is None and any(PROJECTORS & {*name.split(".")} for name in saved):
+        raise ValueError(f"{adapter} is an adapter of a vision-language model, but its base here is a text model.")
+    lora = adapter_config(adapter, () if vision is None else vision.projector_modules(config))
+    state = read_adapter(adapter, lora)
+    if vision is None and any(".language_model." in key or ".text_model." in key for key in state):
+        raise ValueError(f"{adapter} is an adapter of a vision-language model, but its base here is a text model.")
     with torch.device("meta"):
         model = family_of(config).model_class(config)
-    lora = adapter_config(adapter)
-    state = read_adapter(adapter, lora)
-    if lora.modules_to_save or any(".language_model." in key or ".text_model." in key for key in state):
-        raise ValueError(f"{adapter} is an adapter of a vision-language model, but its base here is a text model.")
-    updates = take_updates(adapter, lora, state, model, tied_head=config.tie_word_embeddings)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    updates: dict[str, LoraUpdate | Replacement] = {
+        **take_updates(adapter, lora, state, model, tied_head=config.tie_word_embeddings)
+    }
+    for name, shape in shapes.items():
+        if any(f".{module}." in f".{name}" for module in saved):
+            trained = _take(state, adapter, f"base_model.model.{name}")
+            if trained.shape != shape:
+                raise ValueError(f"{adapter}: {name!r} has shape {tuple(trained.shape)}, not {tuple(shape)}.")
+            updates[name] = Replacement(trained)
     check_taken(adapter, state)
     return updates
 
@@ -192,7 +226,8 @@ class FinetunedWeights:
     Args:
         base: The base model's directory, 16-bit or bitsandbytes 4-bit.
         adapter: Directory of a LoRA adapter in peft's format.
-        quantize_base: Round the projections of a 16-bit base to NF4 and back, as training on them did.
+        quantize_base: Round the language model's projections of a 16-bit base to NF4 and back, as training on them did.
+        vision: As of :func:`~lightning_qlora.modules.models.families.load_config`.
 
     Attributes:
         config: The base's configuration.
@@ -206,10 +241,15 @@ class FinetunedWeights:
             adapter does not fit it.
     """
 
-    def __init__(self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False) -> None:
-        self.config = load_config(base)
+    def __init__(
+        self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False,
+        vision: bool | None = False,
+    ) -> None:  # fmt: skip
+        self.config = load_config(base, vision=vision)
         self.updates = {} if adapter is None else read_updates(adapter, self.config)
-        self._open(base, adapter, quantize_base, family_of(self.config).projections)
+        family = family_of(self.config)
+        decoder = "model." if family.vision is None else f"model.{family.vision.language_model}."
+        self._open(base, adapter, quantize_base, family.projections, decoder)
         state = self._structure().state_dict()
         if self.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
@@ -219,13 +259,15 @@ class FinetunedWeights:
             self._check_shape(name, expected)
 
     def _open(
-        self, base: str | Path, adapter: str | Path | None, quantize_base: bool, projections: tuple[str, ...]
-    ) -> None:
+        self, base: str | Path, adapter: str | Path | None, quantize_base: bool, projections: tuple[str, ...],
+        decoder: str,
+    ) -> None:  # fmt: skip
         self.adapter = None if adapter is None else Path(adapter)
         self.checkpoint = SafetensorsCheckpoint(base)
         if quantize_base and self.checkpoint.is_quantized:
             raise ValueError(f"{base} is quantized already: leave quantize_base off.")
         self._quantized = tuple(f"{each}.weight" for each in projections) if quantize_base else ()
+        self._decoder = decoder
         self.is_4bit = self.checkpoint.is_quantized or quantize_base
 
     def _structure(self) -> PreTrainedModel:
@@ -237,7 +279,7 @@ class FinetunedWeights:
 
     def _own_name(self, name: str) -> str:
         """The name here of a parameter that transformers' model calls ``name``."""
-        return "model.embed_tokens.weight" if name == "lm_head.weight" and self.config.tie_word_embeddings else name
+        return self.checkpoint.embedding if name == "lm_head.weight" and self.config.tie_word_embeddings else name
 
     @property
     def chat_format(self) -> ChatFormat:
@@ -247,7 +289,7 @@ class FinetunedWeights:
     @property
     def dtype(self) -> torch.dtype:
         """Of the base's embeddings."""
-        return self.checkpoint.get("model.embed_tokens.weight").dtype
+        return self.checkpoint.get(self.checkpoint.embedding).dtype
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         state = self.checkpoint.quant_state(name)
@@ -266,7 +308,7 @@ class FinetunedWeights:
             parts = {key: self.checkpoint.get(key) for key in self.checkpoint if key.startswith(prefix)}
             quant_state = QuantState.from_dict(parts, device=torch.device("cpu"))
             return dequantize_quant_state(stored, quant_state, dtype=torch.float32)
-        if name.endswith(self._quantized):
+        if name.startswith(self._decoder) and name.endswith(self._quantized):
             return dequantize_4bit(Quantized4bit.quantize(stored), dtype=torch.float32)
         return stored
 
@@ -303,12 +345,19 @@ class FinetunedWeights:
         model = self._structure().eval().float()
         model.set_attn_implementation("eager")  # the only one of transformers' that caps scores
         updates = self.updates if adapted and rounded is None else {}
-        weight = self.base if rounded is None else lambda name: rounded(name, self.merged(name))
+
+        def weight(name: str) -> Tensor:
+            if rounded is not None:
+                return rounded(name, self.merged(name))
+            update = updates.get(name)
+            return update.trained if isinstance(update, Replacement) else self.base(name)
+
         for name, module in model.named_modules():
             own = {each: self._own_name(f"{name}.{each}") for each, _ in module.named_parameters(recurse=False)}
             if own:
                 module.register_forward_pre_hook(_load_before(weight, own))
-                module.register_forward_hook(_unload_after(updates.get(own.get("weight", ""))))
+                update = updates.get(own.get("weight", ""))
+                module.register_forward_hook(_unload_after(update if isinstance(update, LoraUpdate) else None))
         if prepare is not None:
             prepare(model)
         batch = ids if ids.ndim == 2 else ids[None]

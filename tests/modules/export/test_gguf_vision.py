@@ -26,7 +26,7 @@ from lightning_qlora.modules.export.llama_cpp_images import patterns, verify_ima
 from lightning_qlora.modules.export.llama_cpp_process import LlamaCpp
 from lightning_qlora.modules.export.mmproj import export_mmproj, export_vision_gguf
 from lightning_qlora.modules.export.vision_weights import VisionLanguageWeights, read_weights
-from lightning_qlora.modules.export.weights import FinetunedWeights
+from lightning_qlora.modules.export.weights import FinetunedWeights, Replacement
 from tests.modules.export.gguf_models import value
 from tests.modules.export.vision_models import FAMILIES, VOCAB_SIZE, save_vision_model
 
@@ -183,11 +183,10 @@ def test_an_adapter_with_the_whole_projector_is_merged_into_both_files(name, pro
     weights = VisionLanguageWeights(directory, adapter)
     assert torch.allclose(weights.logits(ids), expected, atol=1e-4)
     assert ("vision.blocks.2.attn.qkv.weight" in weights.updates) == (name == "qwen2_5_vl")
-    assert set(weights.replaced) == {
-        name for name in weights.vision_shapes if name.startswith("projector.") or ".merger." in name
-    }
+    whole = {name: each.trained for name, each in weights.updates.items() if isinstance(each, Replacement)}
+    assert set(whole) == {name for name in weights.vision_shapes if name.startswith("projector.") or ".merger." in name}
     held = dict(stock.named_parameters())
-    for name, tensor in weights.replaced.items():
+    for name, tensor in whole.items():
         assert any(torch.equal(tensor, other) for key, other in held.items() if "modules_to_save" in key), name
     # The finetuned projector matters: with the base's, the same comparison fails.
     wrong = export_mmproj(VisionLanguageWeights(directory), tmp_path / "wrong.gguf").path
