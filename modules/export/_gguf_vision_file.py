@@ -55,6 +55,8 @@ def vision_tensors(architecture: VisionArchitecture, weights: VisionLanguageWeig
         name = _gguf_name(architecture, weights.model_config, source)
         if name is None or (name.startswith("v.blk.") and int(name.split(".")[2]) >= blocks):
             continue
+        if len(shape) == 5 and shape[2] != 2:
+            raise ValueError(f"llama.cpp's Qwen-VL towers take frames by two, this model by {shape[2]}.")
         if len(shape) == 5:  # two frames of a video, which for a picture are the same: a convolution each
             halves = (*shape[:2], *shape[3:])
             found += [VisionTensor(name, source, halves), VisionTensor(f"{name}.1", source, halves, 1)]

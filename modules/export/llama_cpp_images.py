@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,8 +38,8 @@ from .llama_cpp import LISTED, Found, Verified, judge, rounding, summary
 from .llama_cpp_process import LlamaCpp
 from .vision_weights import VisionLanguageWeights
 
-#: What is asked about the images, in place of ``{}``.
-_QUESTIONS = ("{}What is shown here?", "Look: {}Which colours do you see?", "{}{}Do the two pictures differ?")
+#: What is asked about the first image, the second and both, which stand in place of ``{}``.
+_QUESTIONS = ("{}What is shown here?", "{}What is shown here?", "Look: {}Which of both is darker, this or that? {}")
 
 #: Tokens whose log-probabilities are compared for each question.
 _POSITIONS = 4
@@ -80,9 +82,9 @@ def verify_images(
     architecture = vision_architecture_of(weights.model_config)
     images = list(images or patterns(architecture, weights))
     shown, notes = list(reference_images or images), list[str]()
-    with _one_tile(architecture, weights, Path(mmproj)):
+    with _one_tile(architecture, weights, Path(mmproj)) as used_mmproj:
         context = sum(len(_span(architecture, weights, each)) for each in images) + 256
-        with LlamaCpp(path, context=context, mmproj=mmproj) as llama:
+        with LlamaCpp(path, context=context, mmproj=used_mmproj) as llama:
             prompts = [_prompt(llama, weights, question, notes) for question in _QUESTIONS]
             used = [
                 range(2) if text.count(llama.media_marker) == 2 else range(i, i + 1) for i, text in enumerate(prompts)
@@ -114,6 +116,13 @@ def verify_images(
         return summary(found, exact, rounded, tuple(dict.fromkeys(notes))), exact
 
     verified, exact = compared()
+    effect = float((exact[0].exp() * (exact[0] - exact[1])).sum(-1).mean())
+    if effect < 10 * kind.kl_bound:
+        note = (
+            f"The model answers nearly the same whichever of two images it sees (KL divergence {effect:.2g} nats). "
+            "That llama.cpp does so too says little of the vision tower's file."
+        )
+        verified = replace(verified, notes=(*verified.notes, note))
     try:
         judge(verified, kind, found, exact)
     except ValueError as error:
@@ -170,22 +179,19 @@ def _pixels(architecture: VisionArchitecture, processor: Any, images: Sequence[I
 
 
 @contextmanager
-def _one_tile(architecture: VisionArchitecture, weights: VisionLanguageWeights, mmproj: Path) -> Iterator[None]:
-    """Let an Idefics3's file say meanwhile that images are as large as one tile: larger ones are resampled."""
+def _one_tile(architecture: VisionArchitecture, weights: VisionLanguageWeights, mmproj: Path) -> Iterator[Path]:
+    """The file; of an Idefics3 a copy that says that images are as large as one tile, because larger ones are resampled
+    to become the whole image.
+    """
     if architecture.projector != VisionProjectorType.IDEFICS3:
-        yield
+        yield mmproj
         return
-    field = GGUFReader(mmproj, "r+").get_field("clip.vision.preproc_image_size")
-    assert field is not None
-    value = field.parts[field.data[0]]
-    original = value.copy()
-    value[:] = architecture.tower(weights.model_config).image_size
-    value.flush()
-    try:
-        yield
-    finally:
-        value[:] = original
-        value.flush()
+    with tempfile.TemporaryDirectory(dir=mmproj.parent, prefix=f".{mmproj.name}-") as scratch:
+        copied = Path(shutil.copy(mmproj, scratch))
+        field = GGUFReader(copied, "r+").get_field("clip.vision.preproc_image_size")
+        assert field is not None
+        field.parts[field.data[0]][:] = architecture.tower(weights.model_config).image_size
+        yield copied
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens

@@ -68,6 +68,8 @@ def test_every_family_answers_on_images_in_llama_cpp_as_in_transformers(name, sa
         assert seen.difference > 0.05
         assert float(re.findall(r"transformers, they differ by ([\d.e-]+)\. Do", fault[0])[0]) < 0.02
 
+    assert not any("nearly the same whichever" in note for note in seen.notes)
+
     # Controls: another picture of the same size, and the tower of another model.
     weights = VisionLanguageWeights(directory)
     tower, others = tmp_path / "mmproj.gguf", save_vision_model(tmp_path / "others", name, seed=1)
@@ -144,6 +146,17 @@ def test_llavas_unused_block_and_norm_are_left_out(save, tmp_path):
     assert value(tower.path, "clip.vision.feature_layer") == [2]
     assert "v.blk.1.attn_q.weight" in names
     assert not any(name.startswith(("v.blk.2.", "v.post_ln")) for name in names)
+
+
+def test_that_a_model_hardly_looks_at_images_is_said(save):
+    directory = save("llava-siglip")
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["multi_modal_projector.linear_2.weight"].zero_()
+    save_file(tensors, file)
+    assert "nearly the same whichever of two images it sees (KL divergence 0 nats)" in " ".join(
+        export(directory).verified_images.notes
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- finetuned
