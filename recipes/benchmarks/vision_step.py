@@ -154,7 +154,7 @@ def train_peer(
     meter.begin(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "visual", "vision_tower", "multi_modal_projector"],
+        llm_int8_skip_modules=["lm_head", "model.visual", "model.vision_tower", "model.multi_modal_projector"],
     )  # fmt: skip
     model: Any = AutoModelForImageTextToText.from_pretrained(
         directory, dtype=dtype, device_map={"": device}, quantization_config=quantization, attn_implementation="sdpa"
