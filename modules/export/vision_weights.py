@@ -14,27 +14,14 @@ import re
 from pathlib import Path
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.chat_format import TEMPLATE_FILE, ChatFormat, read_changes
 from ..checkpoints.config import read_config
 from ..lora.adapter_files import read_adapter
-from ..models.families import FAMILIES
+from ..models.families import FAMILIES, VISION_FAMILIES, family_of, load_config
 from .weights import PROJECTORS, FinetunedWeights, LoraUpdate, Replacement, adapter_config, check_taken, take_updates
-
-#: transformers' class of a vision-language model by ``model_type`` of its ``config.json``.
-_CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "idefics3": "Idefics3ForConditionalGeneration",
-    "smolvlm": "SmolVLMForConditionalGeneration",
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "gemma3": "Gemma3ForConditionalGeneration",
-}
 
 _NAMES = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -70,7 +57,7 @@ def is_vision_language(directory: str | Path) -> bool:
             "cross-attention layers of its language model (https://github.com/ggml-org/llama.cpp/issues/9643): it "
             "cannot be exported as GGUF. Merge the adapter instead and use transformers or vLLM."
         )
-    return model_type in _CLASSES
+    return model_type in VISION_FAMILIES
 
 
 def read_weights(
@@ -103,14 +90,8 @@ class VisionLanguageWeights(FinetunedWeights):
     """
 
     def __init__(self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False) -> None:
-        raw = read_config(base)
-        if raw.get("model_type") not in _CLASSES:
-            raise ValueError(
-                f"{base} is a {raw.get('model_type')!r} model, not a vision-language model that can be exported. Those "
-                f"are: {', '.join(_CLASSES)}."
-            )
-        self._class: type[PreTrainedModel] = getattr(transformers, _CLASSES[raw["model_type"]])
-        self.model_config = _load_config(self._class, base)
+        self.model_config = load_config(base, vision=True)
+        self._class = family_of(self.model_config).model_class
         with torch.device("meta"):
             model = self._class(self.model_config)
         model.tie_weights()
@@ -188,18 +169,6 @@ class VisionLanguageWeights(FinetunedWeights):
 
 
 _EMBEDDING = "model.embed_tokens.weight"
-
-
-def _load_config(model_class: type[PreTrainedModel], directory: str | Path) -> PretrainedConfig:
-    try:
-        config = model_class.config_class.from_pretrained(directory)
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        path = Path(directory) / "config.json"
-        raise ValueError(f"{path} is not valid for {model_class.__name__}: {' '.join(str(error).split())}") from error
-    assert isinstance(config, PretrainedConfig)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _read_adapter(
