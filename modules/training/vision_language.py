@@ -94,7 +94,11 @@ class QLoRAVisionLanguage(QLoRACausalLM):
             compile_backend=compile_backend, head=head, init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.vision = vision
-        self._inputs = self.inputs_of(QLoRAForVisionLanguage) - {"images"} | set(head.inputs)
+        of_images = {
+            "pixel_values",
+            *(name for row in VISION_FAMILIES.values() if row.vision for name in row.vision.inputs),
+        }
+        self._inputs = self.inputs_of(QLoRAForVisionLanguage) - of_images | set(head.inputs)
 
     def adapt(self, model: QLoRAForCausalLM) -> None:
         """As :meth:`QLoRACausalLM.adapt`.

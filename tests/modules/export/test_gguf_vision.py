@@ -312,7 +312,7 @@ def test_text_and_vision_language_models_are_not_taken_for_each_other(save, tiny
     directory = save("llava-siglip")
     with pytest.raises(ValueError, match="is a text model: it has no vision tower"):
         export_mmproj(read_weights(tiny_llama_dir), tmp_path / "mmproj.gguf")
-    with pytest.raises(ValueError, match="is a 'llama' model .*, which is a language model without vision"):
+    with pytest.raises(ValueError, match=r"is a 'llama' model .*, which is a language model without vision"):
         VisionLanguageWeights(tiny_llama_dir)
     adapter, _ = save_adapter(directory, None, r".*language_model\..*q_proj")
     with pytest.raises(ValueError, match="is an adapter of a vision-language model, but its base here is a text"):

@@ -130,6 +130,18 @@ def test_logits_are_those_of_transformers_and_peft(name, model, peer, stock):
     assert (expected - stock(**batch).logits[tokens]).abs().max() > 0.05, "what is trained would not matter"
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "gemma3"], indirect=True)
+@pytest.mark.filterwarnings("ignore")
+def test_greedy_tokens_are_those_of_transformers_and_peft(name, model, peer):
+    """Without token types, which transformers needs."""
+    batch = batch_of(name, [2], length=1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch.pop("labels")
+    expected = peer.eval().generate(**batch, **options)
+    batch = {key: value for key, value in batch.items() if not key.endswith("token_type_ids")}
+    assert torch.equal(model.eval().generate(**batch, **options), expected)
+
+
 def test_loss_and_gradients_are_those_of_transformers_and_peft(name, model, peer):
     model.checkpoint_layers(2, offload=False)
     batch = batch_of(name, [2, 0, 1])

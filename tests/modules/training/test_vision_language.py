@@ -62,16 +62,19 @@ def run(directory: Path, name: str, adapter: Path, strategy: str = "auto", **opt
     return {"losses": watch.losses, "held": watch.held, "flops": module.flops_per_token(40)}
 
 
-def on_ranks(directory: Path, name: str, adapter: Path, strategy: str) -> dict[str, Any]:
-    return run(directory, name, adapter, strategy)
+def on_ranks(directory: Path, name: str, adapter: Path, strategy: str, vision: VisionOptions) -> dict[str, Any]:
+    return run(directory, name, adapter, strategy, vision=vision)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_ranks_train_as_one_where_one_of_them_has_no_images(strategy, ranks: RankPools, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "vision"), [("fsdp2", VISION), ("ddp", VISION), ("fsdp2", VisionOptions())],
+    ids=["fsdp2", "ddp", "fsdp2-frozen-tower"],
+)  # fmt: skip
+def test_two_ranks_train_as_one_where_one_of_them_has_no_images(strategy, vision, ranks: RankPools, tmp_path):
     """With all layers recomputed, and the tower's blocks."""
     directory = save(tmp_path / "model", "qwen2_5_vl")
-    one = run(directory, "qwen2_5_vl", tmp_path / "one")
-    two = ranks.run(2, "cpu", on_ranks, directory, "qwen2_5_vl", tmp_path / "two", strategy, timeout=300)
+    one = run(directory, "qwen2_5_vl", tmp_path / "one", vision=vision)
+    two = ranks.run(2, "cpu", on_ranks, directory, "qwen2_5_vl", tmp_path / "two", strategy, vision, timeout=300)
     for rank in two:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert one["losses"][-1] != pytest.approx(one["losses"][0], rel=1e-2)
