@@ -208,6 +208,13 @@ class VisionDataModule(ChatDataModule):
             seed=self.seed,
         )  # fmt: skip
 
+    @property
+    def image_patches(self) -> int:
+        """Positions of the vision tower in the largest batch of one rank, for planning its memory."""
+        train_set, val_set = self._loaded()
+        patches = [row["cost"] - len(row["input_ids"]) for dataset in (train_set, val_set) for row in dataset.rows]
+        return sum(sorted(patches)[-self.batch_size :])
+
     def image_figures(self) -> dict[str, Any]:
         """How many images there are, and how many tokens they take; empty for data without any."""
         if not self.image_tokens:
