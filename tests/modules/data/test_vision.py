@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import datasets
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
