@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .lora import default_lora, save_adapter
     from .losses import cross_entropy, linear_loss
     from .quantization import NF4Linear, quantize_linears
-    from .training import QLoRACausalLM, QLoRASequenceClassifier
+    from .training import QLoRACausalLM, QLoRASequenceClassifier, QLoRAVisionLanguage
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
@@ -23,6 +23,7 @@ __all__ = [
     "NF4Linear",
     "QLoRACausalLM",
     "QLoRASequenceClassifier",
+    "QLoRAVisionLanguage",
     "build_strategy",
     "cross_entropy",
     "default_lora",

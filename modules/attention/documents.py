@@ -1,4 +1,7 @@
-"""Causal attention inside each document of packed rows, with or without a sliding window, and no S x S mask.
+"""Attention inside each document of packed rows, causal, with or without a sliding window, and no S x S mask.
+
+Two more kernels let all tokens of a document see each other, as patches of an image do: ``flash_full`` is ``flash``,
+and ``full`` computes documents of equal length together by ``scaled_dot_product_attention``.
 
 A query sees the keys of its own document up to its own position; with a window of W, the last W of them. The rows of a
 batch are laid end to end: documents do not cross rows, so that where each begins says all.
@@ -39,7 +42,7 @@ from torch.nn.attention.varlen import varlen_attn
 from ..autograd_in_operators import with_autograd
 
 #: ``sdpa_repeated_kv`` is ``sdpa`` where its kernels want as many heads of keys as of queries.
-DocumentKernel = Literal["sdpa", "sdpa_repeated_kv", "flash", "xformers"]
+DocumentKernel = Literal["sdpa", "sdpa_repeated_kv", "flash", "xformers", "full", "flash_full"]
 
 
 class Documents(NamedTuple):
@@ -64,10 +67,11 @@ class Documents(NamedTuple):
         """Describe rows with documents of ``lengths`` tokens. Nothing waits for the device."""
         flat = [length for row in lengths for length in row]
         boundaries = torch.tensor([0, *itertools.accumulate(flat)], dtype=torch.int32, device="cpu")
-        if kernel == "flash":
+        if kernel in ("flash", "flash_full"):
             boundaries = boundaries.to(device, non_blocking=True)
-        padded = kernel in ("sdpa", "sdpa_repeated_kv")
-        places = torch.tensor(_layout(tuple(flat)).places if padded else [], dtype=torch.int64, device="cpu")
+        padded = kernel in ("sdpa", "sdpa_repeated_kv", "full")
+        layout = _layout(tuple(flat), kernel == "full").places if padded else []
+        places = torch.tensor(layout, dtype=torch.int64, device="cpu")
         longest = torch.empty(max(flat), 0, dtype=torch.int32, device="cpu")
         return cls(kernel, boundaries, places.to(device, non_blocking=True), longest)
 
@@ -98,8 +102,9 @@ def document_attention(
         [T, N, D].
     """
     kernel, boundaries, places, longest = documents
-    if kernel == "flash":
-        return _flash(query, key, value, boundaries, longest.shape[0], window, scale)
+    if kernel in ("flash", "flash_full"):
+        sides = (-1, -1) if kernel == "flash_full" else (-1, 0) if window is None else (window - 1, 0)
+        return _flash(query, key, value, boundaries, longest.shape[0], sides, scale)
     if torch.compiler.is_compiling():  # how often the loop runs depends on data
         return torch.ops.lightning_qlora.document_attention(  # type: ignore[no-any-return]
             query, key, value, boundaries, places, window, scale, kernel
@@ -114,9 +119,8 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, sides: tuple[int, int], scale: float
 ) -> Tensor:
-    sides = (-1, 0) if window is None else (window - 1, 0)
     output = varlen_attn(
         query, key, value, boundaries, boundaries, longest, longest, scale=scale, window_size=sides, **_GROUPED
     )
@@ -145,18 +149,19 @@ def _xformers_bias(lengths: tuple[int, ...], window: int | None, device: torch.d
 
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], places: Tensor, window: int | None,
-    scale: float, *, repeat: bool,
+    scale: float, *, repeat: bool, causal: bool = True,
 ) -> Tensor:  # fmt: skip
     # With a mask, which a window needs, no kernel on a GPU groups queries but the one that holds all scores.
     if repeat or (window is not None and query.is_cuda):
         key, value = (_repeat(each, query) for each in (key, value))
-    layout = _layout(lengths)
+    layout = _layout(lengths, not causal)
     sizes = [length * count for length, count in layout.batches]
     padded = [layout.pad(each, places) for each in (query, key, value)]
     outputs = []
     for (length, _), *tensors in zip(layout.batches, *(torch.split(each, sizes) for each in padded), strict=True):
         q, k, v = (each.view(-1, length, *each.shape[1:]).transpose(1, 2) for each in tensors)
-        outputs.append(_causal(q, k, v, window, scale).transpose(1, 2).flatten(0, 1))
+        attended = _causal(q, k, v, window, scale) if causal else F.scaled_dot_product_attention(q, k, v, scale=scale)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
     output = torch.cat(outputs)
     return output if layout.is_identity else _Unpad.apply(output, places)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -186,10 +191,11 @@ class _Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)  # one for all layers of a batch
-def _layout(lengths: tuple[int, ...]) -> _Layout:
+def _layout(lengths: tuple[int, ...], exact: bool = False) -> _Layout:
+    """``exact``: only equal lengths go together, because tokens would see the padding."""
     alike: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
-        step = min(128, max(1, 2 ** (length - 1).bit_length() // 4))
+        step = 1 if exact else min(128, max(1, 2 ** (length - 1).bit_length() // 4))
         alike.setdefault(-(-length // step) * step, []).append(number)
     begins, end, batches = [0] * len(lengths), 0, []
     for numbers in alike.values():
@@ -247,6 +253,7 @@ def _repeat(tensor: Tensor, query: Tensor) -> Tensor:
 _LOOPS: dict[str, Callable[..., Tensor]] = {
     "sdpa": functools.partial(_sdpa, repeat=False),
     "sdpa_repeated_kv": functools.partial(_sdpa, repeat=True),
+    "full": functools.partial(_sdpa, repeat=False, causal=False),
     "xformers": _xformers,
 }
 

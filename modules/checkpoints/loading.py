@@ -116,7 +116,8 @@ def _targets(model: nn.Module, skip: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def _plain(name: str) -> str:
-    return name.replace(".base_layer", "")
+    # Before some version of transformers 5, CLIP's and SigLIP's towers had their parts one level deeper.
+    return name.replace(".base_layer", "").replace("model.vision_tower.vision_model.", "model.vision_tower.")
 
 
 def _check(checkpoint: SafetensorsCheckpoint, name: str, what: str, found: Any, expected: Any) -> None:

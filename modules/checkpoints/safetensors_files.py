@@ -22,6 +22,7 @@ from torch import Tensor
 from ...kernels.nf4 import TABLES, Quantized4bit, dequantize_4bit
 from ..accounting import Unused, check_accounted, left_over
 from .config import ONLY_BITSANDBYTES
+from .vision_names import EMBEDDINGS, renamed
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -59,10 +60,11 @@ _SCHEMES = {
 
 _KNOWN_UNUSED = (
     Unused(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", "computed from config.json"),
+    Unused(r"(.*\.)?embeddings\.position_ids", "the numbers from 0, which older versions saved"),
     Unused(r"(.*\.)?self_attn\.(bias|masked_bias|causal_mask)", "the causal mask, which older versions saved"),
 )
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class SafetensorsCheckpoint:
 
     Every shard is opened and its header checked at construction, before anything is allocated elsewhere. Names are
     those of transformers' causal language models: ``_orig_mod.``, which a compiled model writes into them, is left out,
-    and ``model.`` added to those of a bare decoder.
+    and ``model.`` added to those of a bare decoder. Those of vision-language models are brought into one form,
+    whichever version of transformers wrote them: see :mod:`.vision_names`.
 
     Args:
         directory: A directory with ``model.safetensors``, or shards and their ``model.safetensors.index.json``.
@@ -169,7 +172,10 @@ class SafetensorsCheckpoint:
     def _rename(self) -> None:
         """Name tensors as transformers' causal language models do."""
         plain = {name: name.replace("_orig_mod.", "") for name in self._stored}
-        if not any(name.startswith("model.") for name in plain.values()):
+        model_type = self._model_type()
+        if (new := renamed(model_type, plain)) is not None:
+            plain = new
+        elif not any(name.startswith("model.") for name in plain.values()):
             decoder = ("embed_tokens.", "layers.", "norm.")
             plain = {name: f"model.{new}" if new.startswith(decoder) else new for name, new in plain.items()}
         if len(set(plain.values())) < len(plain):
@@ -178,6 +184,15 @@ class SafetensorsCheckpoint:
                 "model writes there. Save the model again, uncompiled (model._orig_mod)."
             )
         self._stored = {plain[name]: stored for name, stored in self._stored.items()}
+
+    def _model_type(self) -> str | None:
+        """Of ``config.json``, where there is one that says."""
+        path = self.directory / "config.json"
+        try:
+            config = json.loads(path.read_text()) if path.is_file() else {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None  # whoever needs more of it says so
+        return config.get("model_type") if isinstance(config, dict) else None
 
     def _refuse_other_quantizations(self) -> None:
         for name, stored in self._stored.items():
@@ -224,17 +239,23 @@ class SafetensorsCheckpoint:
         return [f"{name}.{part}" for part in parts + ["nested_absmax", "nested_quant_map"] * state["nested"]]
 
     def _check_tied(self) -> None:
-        head, embedding = self._find(_HEAD), self._find(_EMBEDDING)
+        name = self.embedding
+        head, embedding = self._find(_HEAD), self._find(name)
         same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
         step = max(1, head.nbytes // 16)
         # 16 samples are enough, because heads that were trained apart differ everywhere.
         samples = [(start, start + 4096) for start in range(0, head.nbytes, step)]
-        same = same and all(torch.equal(self.bytes(_HEAD, *s), self.bytes(_EMBEDDING, *s)) for s in samples)
+        same = same and all(torch.equal(self.bytes(_HEAD, *s), self.bytes(name, *s)) for s in samples)
         if not same:
             raise ValueError(
-                f"{self.directory} holds {_HEAD!r}, which is not {_EMBEDDING!r} although config.json ties them. Set "
+                f"{self.directory} holds {_HEAD!r}, which is not {name!r} although config.json ties them. Set "
                 "tie_word_embeddings to false in config.json if the head was trained on its own; else remove it."
             )
+
+    @property
+    def embedding(self) -> str:
+        """The name of the language model's embedding."""
+        return next((name for name in EMBEDDINGS if name in self), EMBEDDINGS[0])
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored

@@ -16,10 +16,10 @@ from ..attention import IMPLEMENTATION, AttentionBackend, register_attention
 from ..attention.choice import find_backend
 from ..checkpoints.loading import LoadReport, check_weights, load_weights
 from ..checkpoints.safetensors_files import SafetensorsCheckpoint
-from ..lora.config import check_lora, with_targets
+from ..lora.config import check_lora
 from ..lora.initialization import init_lora
 from ..lora.linear import LoraLinear
-from ..quantization.nf4_linear import NF4Linear
+from ..quantization.nf4_linear import NF4Linear, can_be_4bit
 from .activation_offload import check_offload
 from .causal_lm import LanguageModelHead
 from .decoder import Head, QLoRADecoder, specialize
@@ -59,8 +59,8 @@ def build_model(
             should not (a mixture of experts), or there is nothing to offload.
     """
     return build_structure(
-        load_config(checkpoint.directory), lora, stored=checkpoint, dtype=dtype, attention=attention,
-        sliding_window=sliding_window, checkpoint_activations=checkpoint_activations,
+        load_config(checkpoint.directory, vision=head.takes_images), lora, stored=checkpoint, dtype=dtype,
+        attention=attention, sliding_window=sliding_window, checkpoint_activations=checkpoint_activations,
         offload_activations=offload_activations, head=head,
     )  # fmt: skip
 
@@ -98,28 +98,26 @@ def build_structure(
     family, windows = family_of(config), layer_windows(config, sliding_window)
     register_attention()
     config._attn_implementation = IMPLEMENTATION
-    config.attention_window = sliding_window  # where masks are made, there is no model
+    config.get_text_config().attention_window = sliding_window  # where masks are made, there is no model
     with torch.device("meta"):
         stock = family.model_class(config)
     model = specialize(stock, family, head, attention=find_backend(attention), windows=windows)
-    _quantize(model.model, stored, dtype)
+    _quantize(model, stored, dtype)
     _cast_unquantized(model, dtype)
-    recomputed = recomputed_layers(checkpoint_activations, len(model.model.layers))
+    recomputed = recomputed_layers(checkpoint_activations, len(model.decoder.layers))
     if not isinstance(recomputed, int):
         raise ValueError("checkpoint_activations='auto' needs a memory plan, which gives a number: pass that.")
-    for index, layer in enumerate(model.model.layers):
-        # The first ones: when their turn comes in backward, what the others kept is free again.
-        layer.checkpoint_activations, layer.offload_activations = index < recomputed, offload_activations
-    lora = with_targets(check_lora(lora, head.trained_modules), family.projections)
+    model.checkpoint_layers(recomputed, offload=offload_activations)
+    lora = head.with_targets(check_lora(lora, head.trained_modules), config)
     injected = copy.copy(lora)
     injected.modules_to_save = None  # what is trained in full is trained in place, without peft's copy
     injected._register_custom_module({nn.Linear: LoraLinear})  # documented, but experimental: hence the underscore
     inject_adapter_in_model(injected, model, low_cpu_mem_usage=True)
     for name, module in model.named_modules():
-        if isinstance(module, peft_lora.LoraLayer) and name.rpartition(".")[2] not in family.projections:
+        if isinstance(module, peft_lora.LoraLayer) and not model.may_adapt(name):
             raise ValueError(
-                f"LoRA target_modules {lora.target_modules} match {name!r}, which is no projection of a decoder layer. "
-                f"Choose from {family.projections}."
+                f"LoRA target_modules {lora.target_modules} match {name!r}, which is not a projection of a decoder "
+                f"layer{model.may_also_adapt}. Choose from {family.projections}."
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.is_trained(name))
@@ -128,16 +126,22 @@ def build_structure(
     return model
 
 
-def _quantize(decoder: nn.Module, stored: SafetensorsCheckpoint | None, dtype: torch.dtype) -> None:
-    """Replace the linear layers below ``decoder`` by empty 4-bit ones, but for those that ``stored`` has in 16 bits."""
-    for parent_name, parent in list(decoder.named_modules()):
+def _quantize(model: QLoRADecoder, stored: SafetensorsCheckpoint | None, dtype: torch.dtype) -> None:
+    """Replace linear layers below ``model.model`` by empty 4-bit ones: those that ``stored`` has in 4 bits, or, if it
+    has none, those that ``model.quantizes``. What is trained in full stays."""
+    of_text = {id(module) for module in model.decoder.modules()}
+    for parent_name, parent in list(model.model.named_modules()):
         for attribute, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 name = ".".join(["model", *parent_name.split(".") * bool(parent_name), attribute, "weight"])
+                # A vision tower's layer that cannot be packed stays: of Qwen2.5-VL, one of 3420 input features.
+                if model.is_trained(name) or not (id(child) in of_text or can_be_4bit(child)):
+                    continue
                 state = None if stored is None else stored.quant_state(name)
-                if state is not None or stored is None or not stored.is_quantized:
+                asked = model.quantizes(name) and (stored is None or not stored.is_quantized)
+                if state is not None or asked:
                     setattr(parent, attribute, _projection(child, state, dtype))
-    for name, parameter in decoder.named_parameters():
+    for name, parameter in model.decoder.named_parameters():
         if parameter.ndim > 2:
             raise ValueError(
                 f"{name!r} has the shape {tuple(parameter.shape)}, as the experts of a mixture of experts do. Only "
@@ -178,7 +182,7 @@ def materialize(
     Raises:
         ValueError: Before anything is allocated, if the checkpoint does not fill the model.
     """
-    check_weights(model, checkpoint, skip=model.is_trained)
+    check_weights(model, checkpoint, skip=model.is_new)
     model.to_empty(device=parameters_on or device)
     restore_buffers(model, device)
     if parameters_on is not None and parameters_on != device:
@@ -186,7 +190,7 @@ def materialize(
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(device))
     model.tie_head()  # to_empty() unties them where FSDP does not hold them together
-    report = load_weights(model, checkpoint, skip=model.is_trained)
+    report = load_weights(model, checkpoint, skip=model.is_new)
     init_lora(model, seed)
     model.init_trained(seed)
     if isinstance(model, PreTrainedModel) and (checkpoint.directory / "generation_config.json").is_file():
@@ -195,19 +199,23 @@ def materialize(
 
 
 def restore_buffers(model: Any, device: torch.device) -> None:
-    """Compute the buffers of a causal language model that are in no checkpoint, and which ``to_empty`` overwrites.
+    """Compute the buffers of a model that are in no checkpoint, and which ``to_empty`` overwrites.
 
     Their modules may be compiled, so they stay. The embedding's scale (Gemma) is a plain number of the module.
 
     Raises:
         ValueError: If there is another such buffer.
     """
-    with torch.device("cpu"):  # some of Lightning's strategies make the GPU the default, where rounding differs
-        rotary = type(model.model.rotary_emb)(config=model.config)
     for name, module in model.named_modules():
+        computed: Any = None
         for buffer in sorted(module._non_persistent_buffers_set):
-            if module is model.model.rotary_emb:
-                value = rotary.get_buffer(buffer)
+            if buffer in ("inv_freq", "original_inv_freq") or buffer.endswith("_inv_freq"):
+                if computed is None:
+                    with torch.device("cpu"):  # some of Lightning's strategies make the GPU the default, where
+                        computed = type(module)(config=module.config)  # rounding differs
+                value = computed.get_buffer(buffer)
+            elif buffer == "position_ids":
+                value = torch.arange(module.position_ids.shape[-1], device="cpu").expand(module.position_ids.shape)
             elif buffer == "embed_scale":
                 value = torch.tensor(module.scalar_embed_scale)
             else:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..lora.config import with_targets
 from ..losses import LossHead
 from .decoder import QLoRADecoder, mixed
-from .families import Family
+from .families import Family, family_of
 
 
 class QLoRAForCausalLM(QLoRADecoder):
@@ -84,19 +86,29 @@ class QLoRAForCausalLM(QLoRADecoder):
             use_cache=False,
             **kwargs,
         )
+        loss = self.loss_of(outputs.last_hidden_state, labels, num_items_in_batch, num_loss_tokens, loss_inputs)
+        return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def loss_of(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        num_loss_tokens: int | None,
+        loss_inputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """The loss of hidden states [B, S, H]; the other arguments are those of :meth:`forward`."""
         # The last token predicts nothing; slicing it off would copy the hidden states of all others.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         more = [value.roll(-1, dims=1) for value in loss_inputs]
-        total = self.lm_head(outputs.last_hidden_state, targets, *more, num_tokens=num_loss_tokens)
+        total: Tensor = self.lm_head(hidden, targets, *more, num_tokens=num_loss_tokens)
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(
-            loss=total / count, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return total / count
 
     def tie_head(self) -> None:
         """Make the head share the embedding's weight again, where the model is configured so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.decoder.embed_tokens.weight
 
     def shard_groups(self) -> list[list[nn.Module]]:
         """What FSDP2 gathers together: each decoder layer; the embedding; final norm and head.
@@ -104,10 +116,14 @@ class QLoRAForCausalLM(QLoRADecoder):
         Tied embeddings belong to one parameter used at both ends, so they stay with the root, like all that is not
         listed.
         """
-        groups: list[list[nn.Module]] = [[layer] for layer in self.model.layers]
+        groups: list[list[nn.Module]] = [*self.first_groups(), *([layer] for layer in self.decoder.layers)]
         if not self.config.tie_word_embeddings:
-            groups = [[self.model.embed_tokens], *groups, [self.model.norm, self.lm_head]]
+            groups = [[self.decoder.embed_tokens], *groups, [self.decoder.norm, self.lm_head]]
         return groups
+
+    def first_groups(self) -> list[list[nn.Module]]:
+        """What FSDP2 gathers after the embedding and before the decoder layers: nothing here."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -116,17 +132,27 @@ class LanguageModelHead:
 
     trained_modules: ClassVar[tuple[str, ...]] = ()
     task_type: ClassVar[str | None] = None
+    takes_images: ClassVar[bool] = False
+
+    def with_targets(self, lora: LoraConfig, config: PretrainedConfig) -> LoraConfig:
+        """As :func:`~lightning_qlora.modules.lora.config.with_targets`, on the family's projections."""
+        return with_targets(lora, family_of(config).projections)
 
     def __call__(self, model: PreTrainedModel, family: Family) -> QLoRAForCausalLM:
         """Put the loss into the head of transformers' own model."""
-        config = model.config
-        head = LossHead(
-            config.hidden_size, config.vocab_size, bias=False,
-            logit_scale=family.logit_scale(config), softcap=family.logit_softcap(config),
-        )  # fmt: skip
-        head.weight = model.lm_head.weight
-        model.lm_head = head
+        give_loss(model, family)
         model.__class__ = mixed(QLoRAForCausalLM, type(model))
         assert isinstance(model, QLoRAForCausalLM)
         model.tie_head()
         return model
+
+
+def give_loss(model: PreTrainedModel, family: Family) -> None:
+    """Replace the head of transformers' model by one of the same weight that computes the loss."""
+    config = model.config.get_text_config()
+    head = LossHead(
+        config.hidden_size, config.vocab_size, bias=False,
+        logit_scale=family.logit_scale(config), softcap=family.logit_softcap(config),
+    )  # fmt: skip
+    head.weight = model.lm_head.weight
+    model.lm_head = head

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -31,15 +32,22 @@ class QLoRADecoder(nn.Module):
         is_compiled: Whether :meth:`compile_regions` was called.
         unused_weights: Names of the base checkpoint's weights that this model has no place for, because its head
             replaces them.
+        compiles_rotary: Whether its rotary embedding is one of the compiled regions.
     """
 
     unused_weights: ClassVar[tuple[str, ...]] = ()
+    compiles_rotary: ClassVar[bool] = True
     config: PretrainedConfig
     family: Family
     attention_backend: AttentionBackend | None
     windows: tuple[int | None, ...]
     is_compiled: bool
-    model: Any  # transformers' decoder: embed_tokens, layers, norm, rotary_emb
+    model: Any  # transformers' decoder, or what holds it and a vision tower
+
+    @property
+    def decoder(self) -> Any:
+        """transformers' decoder: embed_tokens, layers, norm, rotary_emb."""
+        return self.model
 
     def attention_kwargs(
         self,
@@ -81,6 +89,18 @@ class QLoRADecoder(nn.Module):
         )  # fmt: skip
         return prepared, True
 
+    def checkpoint_layers(self, recomputed: int, *, offload: bool) -> None:
+        """Recompute so many decoder layers in backward, the first ones.
+
+        When their turn comes, what the others kept is free again.
+
+        Args:
+            recomputed: How many.
+            offload: Whether what they are recomputed from waits on the host.
+        """
+        for index, layer in enumerate(self.decoder.layers):
+            layer.checkpoint_activations, layer.offload_activations = index < recomputed, offload
+
     def compile_regions(self, mode: CompileMode = "default", *, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile rotary embedding, decoder layers and final norm, each as one graph for any B and S.
 
@@ -93,23 +113,40 @@ class QLoRADecoder(nn.Module):
         """
         if mode == "off":
             return
-        for layer in self.model.layers:
+        for layer in self.decoder.layers:
             kind = (layer.self_attn.attention_window, layer.checkpoint_activations)
             compile_region(layer, mode, backend=backend, kind=kind)
-        regions = [self.model.norm]
-        kinds = self.model.rotary_emb.rope_type  # of each type of layer, in Gemma3
-        if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-            regions.append(self.model.rotary_emb)  # those two compute on the host, from the length
+        regions = [self.decoder.norm]
+        kinds = self.decoder.rotary_emb.rope_type  # of each type of layer, in Gemma3
+        on_host = {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds])
+        if self.compiles_rotary and not on_host:
+            regions.append(self.decoder.rotary_emb)  # those two compute on the host, from the length
         for region in regions:
             compile_region(region, mode, backend=backend)
         self.is_compiled = True
 
     def is_trained(self, name: str) -> bool:
-        """Whether the parameter of that name is trained: the one place that says so; all else reads requires_grad.
-
-        What is trained does not come from the base's checkpoint.
-        """
+        """Whether the parameter of that name is trained: the one place that says so; all else reads requires_grad."""
         return is_adapter(name)
+
+    def is_new(self, name: str) -> bool:
+        """Whether the parameter of that name does not come from the base's checkpoint; by default, all that is trained.
+
+        It gets its first value from :func:`~lightning_qlora.modules.lora.initialization.init_lora`, or from
+        :meth:`init_trained`.
+        """
+        return self.is_trained(name)
+
+    #: Ends the message about a module that LoRA may not adapt: what else it may.
+    may_also_adapt: ClassVar[str] = ""
+
+    def may_adapt(self, name: str) -> bool:
+        """Whether LoRA may adapt the module of that name: the projections of decoder layers."""
+        return name.rpartition(".")[2] in self.family.projections
+
+    def quantizes(self, name: str) -> bool:
+        """Whether the linear layer of that name is to be 4-bit, where the checkpoint does not say."""
+        return True
 
     def init_trained(self, seed: int) -> None:
         """Give what is trained beside the adapters its initial values, equal for any number of ranks: nothing here."""
@@ -128,13 +165,24 @@ class Head(Protocol):
     Attributes:
         trained_modules: Names of its modules that are trained in full: ``modules_to_save`` of the saved adapter.
         task_type: peft's name of the task, in the saved adapter; ``None`` leaves what the LoRA configuration says.
+        takes_images: Whether it belongs to a vision-language model.
     """
+
+    @property
+    def takes_images(self) -> bool: ...
 
     @property
     def trained_modules(self) -> tuple[str, ...]: ...
 
     @property
     def task_type(self) -> str | None: ...
+
+    def with_targets(self, lora: LoraConfig, config: PretrainedConfig) -> LoraConfig:
+        """``lora`` with the names of all that it adapts.
+
+        Raises:
+            ValueError: If it names what cannot be adapted.
+        """
 
     def __call__(self, model: PreTrainedModel, family: Family) -> QLoRADecoder:
         """Add the head. The model is on the meta device."""
@@ -155,14 +203,14 @@ class _FlatNorm(nn.Module):
             return super().__call__(tokens).view_as(hidden_states)  # type: ignore[no-any-return]
 
 
-class _Float32Buffers(nn.Module):
+class Float32Buffers(nn.Module):
     """Mixin for rotary embeddings: frequencies stay float32 under ``.to(bfloat16)``, which would misplace positions."""
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any) -> Any:
         """Cosine and sine [1 or B, S, D] in the dtype of ``x``, whose shape does not matter (nor make a graph)."""
         return super().__call__(x.new_empty(()), position_ids, *args)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32Buffers:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         super()._apply(keep_dtype(fn, self.buffers(recurse=False)), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -194,12 +242,12 @@ def specialize(
         attention: What computes attention; ``None`` leaves it to transformers.
         windows: The attention window of each layer.
     """
-    decoder: Any = model.model
+    decoder: Any = model.model if family.vision is None else model.model.get_submodule(family.vision.language_model)
     for layer, window in zip(decoder.layers, windows, strict=True):
         layer.__class__ = mixed(CheckpointedLayer, type(layer))
         layer.self_attn.attention_window = window
     decoder.norm.__class__ = mixed(_FlatNorm, type(decoder.norm))
-    decoder.rotary_emb.__class__ = mixed(_Float32Buffers, type(decoder.rotary_emb))
+    decoder.rotary_emb.__class__ = mixed(Float32Buffers, type(decoder.rotary_emb))
     with torch.device("meta"):
         specialized = head(model, family)
     specialized.family, specialized.attention_backend, specialized.is_compiled = family, attention, False

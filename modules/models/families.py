@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..attention import AttentionRequest
 from ..checkpoints.config import read_config
+from .vision_towers import GEMMA3, IDEFICS3, LLAVA, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, VisionSide
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +34,7 @@ class Family:
         logits_divisor: Name of the configuration's number that logits are divided by.
         logits_softcap: Name of the configuration's number that caps logits (``c * tanh(logits / c)``), if it is set.
         gguf_architecture: llama.cpp's name of it.
+        vision: What turns images into tokens, for a vision-language model; the rest then describes its language model.
     """
 
     name: str
@@ -42,20 +44,21 @@ class Family:
     projections: tuple[str, ...] = _PROJECTIONS
     logits_divisor: str | None = None
     logits_softcap: str | None = None
+    vision: VisionSide | None = None
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """transformers' class of the causal language model."""
+        """transformers' class of the causal language model, or of the vision-language model."""
         found: type[PreTrainedModel] = getattr(transformers, self.architecture)
         return found
 
     def logit_scale(self, config: PretrainedConfig) -> float:
         """What the head's logits are multiplied by."""
-        return 1.0 if self.logits_divisor is None else 1.0 / getattr(config, self.logits_divisor)
+        return 1.0 if self.logits_divisor is None else 1.0 / getattr(config.get_text_config(), self.logits_divisor)
 
     def logit_softcap(self, config: PretrainedConfig) -> float | None:
         """What caps the head's logits, or ``None``."""
-        return None if self.logits_softcap is None else getattr(config, self.logits_softcap)
+        return None if self.logits_softcap is None else getattr(config.get_text_config(), self.logits_softcap)
 
 
 FAMILIES: dict[str, Family] = {
@@ -74,27 +77,54 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+#: Vision-language models. What is said of projections, logits and layers is said of their language models.
+VISION_FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("Llava 1.5 and Pixtral", "llava", "LlavaForConditionalGeneration", "llama", vision=LLAVA),
+        Family("Qwen2-VL", "qwen2_vl", "Qwen2VLForConditionalGeneration", "qwen2vl", vision=QWEN2_VL),
+        Family("Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2vl", vision=QWEN2_5_VL),
+        Family("Qwen3-VL", "qwen3_vl", "Qwen3VLForConditionalGeneration", "qwen3vl", vision=QWEN3_VL),
+        Family("Idefics3", "idefics3", "Idefics3ForConditionalGeneration", "llama", vision=IDEFICS3),
+        Family("SmolVLM", "smolvlm", "SmolVLMForConditionalGeneration", "llama", vision=IDEFICS3),
+        Family("Gemma3", "gemma3", "Gemma3ForConditionalGeneration", "gemma3", vision=GEMMA3),
+    )
+}
+
 
 def family_of(config: PretrainedConfig) -> Family:
     """The row of a configuration that :func:`load_config` returned."""
-    return FAMILIES[config.model_type]
+    return FAMILIES[config.model_type] if config.model_type in FAMILIES else VISION_FAMILIES[config.model_type]
 
 
-def load_config(directory: str | Path) -> PretrainedConfig:
+def load_config(directory: str | Path, *, vision: bool | None = False) -> PretrainedConfig:
     """Read and check ``config.json``.
 
+    Args:
+        directory: Of the model.
+        vision: Whether it must be a vision-language model; ``None`` allows both.
+
     Raises:
-        ValueError: If there is none, it is not JSON or not valid, or its architecture is not in :data:`FAMILIES`.
+        ValueError: If there is none, it is not JSON or not valid, or its architecture is not in :data:`FAMILIES`, or,
+            with ``vision``, in :data:`VISION_FAMILIES`.
     """
     path = Path(directory) / "config.json"
     raw = read_config(directory)
-    family = FAMILIES.get(str(raw.get("model_type")))
+    tables = {False: FAMILIES, True: VISION_FAMILIES, None: {**FAMILIES, **VISION_FAMILIES}}
+    family = tables[vision].get(str(raw.get("model_type")))
     architectures = raw.get("architectures") or ([] if family is None else [family.architecture])
     if family is None or family.architecture not in architectures:
-        known = ", ".join(f"{row.name} ({row.architecture})" for row in FAMILIES.values())
+        known = ", ".join(f"{row.name} ({row.architecture})" for row in tables[vision].values())
+        other = tables[None].get(str(raw.get("model_type")))
         raise ValueError(
-            f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}), which cannot be trained "
-            f"here. Known families: {known}."
+            f"{directory} is a {raw.get('model_type')!r} model ({', '.join(architectures)}), which "
+            + (
+                f"is a language model without vision. Train it with QLoRACausalLM. Vision-language families: {known}."
+                if other is not None and vision
+                else f"takes images too. Train it with QLoRAVisionLanguage. Families of text: {known}."
+                if other is not None and other.vision is not None
+                else f"cannot be trained here. Known families: {known}."
+            )
         )
     try:
         config = family.model_class.config_class.from_pretrained(directory)
@@ -111,12 +141,13 @@ def load_config(directory: str | Path) -> PretrainedConfig:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Width of an attention head."""
+    config = config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def attention_softcap(config: PretrainedConfig) -> float | None:
     """What caps attention scores, or ``None``."""
-    return getattr(config, "attn_logit_softcapping", None)
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def layer_windows(config: PretrainedConfig, sliding_window: int | None = None) -> list[int | None]:
@@ -130,6 +161,7 @@ def layer_windows(config: PretrainedConfig, sliding_window: int | None = None) -
         ValueError: For ``sliding_window`` with a model that has windows of its own, or a type of attention that is
             neither causal nor a window.
     """
+    config = config.get_text_config()
     own = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention" if own else "full_attention"]
     if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
@@ -176,5 +208,5 @@ def attention_request(
         softcap=attention_softcap(config) is not None,
         compute_capability=compute_capability,
         dtype=dtype,
-        dropout=config.attention_dropout,
+        dropout=config.get_text_config().attention_dropout,
     )

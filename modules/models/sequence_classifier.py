@@ -17,14 +17,16 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..dtensor import copy_local_rows
+from ..lora.config import with_targets
 from ..quantization.nf4_linear import keep_dtype
 from .decoder import QLoRADecoder
-from .families import Family
+from .families import Family, family_of
 
 #: Name of the head, in transformers' classes and in peft's files.
 SCORE = "score"
@@ -155,10 +157,15 @@ class ClassificationHead:
     num_labels: int
     trained_modules: ClassVar[tuple[str, ...]] = (SCORE,)
     task_type: ClassVar[str | None] = "SEQ_CLS"
+    takes_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {self.num_labels}.")
+
+    def with_targets(self, lora: LoraConfig, config: PretrainedConfig) -> LoraConfig:
+        """As :func:`~lightning_qlora.modules.lora.config.with_targets`, on the family's projections."""
+        return with_targets(lora, family_of(config).projections)
 
     def __call__(self, model: PreTrainedModel, family: Family) -> QLoRAForSequenceClassification:
         """Put the head on the decoder of transformers' causal language model, whose own head is dropped."""

@@ -36,6 +36,11 @@ STORAGE_DTYPE = torch.float32
 _BYTES = STORAGE_DTYPE.itemsize
 
 
+def can_be_4bit(linear: nn.Linear) -> bool:
+    """Whether a row of its weight fills whole storage elements when it is packed."""
+    return linear.in_features % (2 * _BYTES) == 0
+
+
 class NF4Linear(nn.Linear):
     """``y = x @ W.T + bias`` with W frozen in bitsandbytes' 4-bit format (NF4, or FP4 by ``quant_type``).
 

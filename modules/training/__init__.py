@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .run_directory import RunDirectory
     from .run_plan import RunPlan, plan_run
     from .sequence_classifier import QLoRASequenceClassifier
+    from .vision_language import QLoRAVisionLanguage
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryPlan",
     "QLoRACausalLM",
     "QLoRASequenceClassifier",
+    "QLoRAVisionLanguage",
     "RunDirectory",
     "RunPlan",
     "ShardAdamW",

@@ -31,12 +31,12 @@ from ..distributed.collectives import all_reduce_sum, gather_objects
 from ..distributed.trained_checkpoints import check_state, read_checkpoint, trained_shapes
 from ..hardware import compute_dtype
 from ..lora.adapter_files import load_adapter, read_adapter, save_adapter
-from ..lora.config import adapter_lora, check_lora, default_lora, with_head, with_targets
+from ..lora.config import adapter_lora, check_lora, default_lora, with_head
 from ..models.build import build_model, materialize
 from ..models.causal_lm import LanguageModelHead
 from ..models.decoder import Head, QLoRADecoder
 from ..models.decoder_layer import CheckpointChoice
-from ..models.families import attention_request, family_of, head_dim, layer_windows, load_config
+from ..models.families import attention_request, head_dim, layer_windows, load_config
 from ..models.options import ComputeOptions
 from .memory_plan import GIB, bytes_outside_allocator
 from .optimizer import ShardAdamW, global_norm, gradients, scale_
@@ -135,11 +135,11 @@ class QLoRAModule(L.LightningModule):
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}.")
         self.model_dir = Path(model_dir)
-        config = load_config(self.model_dir)
+        config = load_config(self.model_dir, vision=head.takes_images)
         if lora is None:
             lora = default_lora() if init_adapter is None else adapter_lora(init_adapter)
         lora = with_head(check_lora(lora, head.trained_modules), head.trained_modules, head.task_type)
-        self.head, self.lora = head, with_targets(lora, family_of(config).projections)
+        self.head, self.lora = head, head.with_targets(lora, config)
         self.learning_rate, self.warmup_steps, self.schedule = learning_rate, warmup_steps, schedule
         self.weight_decay = weight_decay
         layer_windows(config, compute.sliding_window)  # refuses what does not go together
@@ -209,8 +209,8 @@ class QLoRAModule(L.LightningModule):
         """The backend, after having said which and why."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         request = attention_request(
-            load_config(self.model_dir), packed=self.packing, sliding_window=self.compute.sliding_window,
-            compute_capability=capability, dtype=dtype,
+            load_config(self.model_dir, vision=self.head.takes_images), packed=self.packing,
+            sliding_window=self.compute.sliding_window, compute_capability=capability, dtype=dtype,
         )  # fmt: skip
         backend, reason = choose_attention(self.compute.attention, request)
         rank_zero_info(f"Attention: {backend.name}. {reason}")
@@ -232,14 +232,18 @@ class QLoRAModule(L.LightningModule):
 
         Four a frozen weight (no gradient of its own), six a trained one, and attention without regard to causality.
         """
-        config = self._model.config
+        config = self._model.config.get_text_config()
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim(config) * seq_len
         return float(self._flops_of_weights + attention)
 
     @functools.cached_property
     def _flops_of_weights(self) -> int:  # walking through all modules takes milliseconds, in every micro-batch
-        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in self._counted_modules() if isinstance(module, nn.Linear)]
         return sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linears)
+
+    def _counted_modules(self) -> list[nn.Module]:
+        """What each token goes through."""
+        return [*self._model.modules()]
 
     @property
     def _model(self) -> QLoRADecoder:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..checkpoints.chat_format import ChatFormat
 from ..losses.functional import cross_entropy
-from ..models.causal_lm import QLoRAForCausalLM
+from ..models.causal_lm import LanguageModelHead, QLoRAForCausalLM
+from ..models.decoder import Head
 from ..models.options import ComputeOptions
 from .base import QLoRAModule
 from .generation import generate_answer
@@ -59,17 +60,23 @@ class QLoRACausalLM(QLoRAModule):
         compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
+        head: Head = LanguageModelHead(),  # noqa: B008  frozen
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
             model_dir, lora, learning_rate=learning_rate, warmup_steps=warmup_steps, schedule=schedule,
-            weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend,
+            weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend, head=head,
             init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.loss, self.loss_inputs = loss, tuple(loss_inputs)
-        self._inputs = set(inspect.signature(QLoRAForCausalLM.forward).parameters) - {"self", "kwargs"}
+        self._inputs = self.inputs_of(QLoRAForCausalLM)
+
+    @staticmethod
+    def inputs_of(model: type[QLoRAForCausalLM]) -> set[str]:
+        """What a batch may hold for models of that class."""
+        return set(inspect.signature(model.forward).parameters) - {"self", "kwargs"}
 
     def adapt(self, model: QLoRAForCausalLM) -> None:
         """Give the head the loss to compute."""

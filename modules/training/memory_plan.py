@@ -55,6 +55,7 @@ from ..models.decoder_layer import CheckpointChoice, recomputed_layers
 from ..models.families import attention_softcap, head_dim
 from ..models.options import ComputeOptions
 from ..quantization import NF4Linear
+from .vision_memory import VisionSizes, vision_sizes
 
 GIB = 2**30
 
@@ -90,6 +91,7 @@ class Settings:
         offload_activations: What they are recomputed from waits on the host.
         limit_bytes: What a process may take of its device.
         head: What the model computes from hidden states.
+        image_patches: Of all images of a micro-batch on a rank, for a vision-language model.
         compile: Whether decoder layers are compiled.
         accumulate: Micro-batches a step; above 1 gradients are there all the time, unsharded until the last.
         reshard_after_forward: FSDP2 frees gathered layers between forward and backward.
@@ -121,6 +123,7 @@ class Settings:
     compute_capability: tuple[int, int] | None = None
     limit_bytes: int | None = None
     head: Head = LanguageModelHead()  # noqa: RUF009  frozen
+    image_patches: int = 0
     model: _Model = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     @classmethod
@@ -136,6 +139,7 @@ class Settings:
         accumulate: int = 1,
         device: Capabilities | None = None,
         head: Head = LanguageModelHead(),  # noqa: B008  frozen
+        image_patches: int = 0,
     ) -> Settings:
         """From the groups of flags; a precision of ``"auto"`` is this machine's. ``device`` is ``None`` for a CPU."""
         device = device if device is not None and device.device_type == "cuda" else None
@@ -150,7 +154,7 @@ class Settings:
             shard_size=strategy.shard_size, checkpoint_activations=compute.checkpoint_activations,
             offload_activations=compute.offload_activations, compile=compute.compile != "off",
             compute_capability=None if device is None else device.compute_capability, limit_bytes=limit,
-            head=head,
+            head=head, image_patches=image_patches,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -164,6 +168,11 @@ class Settings:
             )
         recomputed = recomputed_layers(self.checkpoint_activations, len(self.model.layers))
         object.__setattr__(self, "checkpoint_activations", recomputed)
+
+    @property
+    def text(self) -> PretrainedConfig:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
 
     @property
     def recomputed(self) -> int:
@@ -415,17 +424,22 @@ class _Model:
     ends: _Parameters  # embeddings, last norm and head
     has_logits: bool  # of the vocabulary
     ties_embeddings: bool
+    vision: VisionSizes | None
 
     @classmethod
     def of(cls, config: PretrainedConfig, lora: LoraConfig, dtype: torch.dtype, head: Head) -> _Model:
         model = build_structure(config, lora, dtype=dtype, head=head)
-        layers = [*model.model.layers]
+        layers = [*model.decoder.layers]
         inside = {id(p) for layer in layers for p in layer.parameters()}
+        if (vision := vision_sizes(model)) is not None:
+            of_text = [*model.decoder.parameters(), *model.get_submodule("lm_head").parameters()]
+            inside |= {id(p) for p in model.parameters()} - {id(p) for p in of_text}
         return cls(
             tuple(_Layer.of(layer) for layer in layers),
             _Parameters.of(p for p in model.parameters() if id(p) not in inside),
             isinstance(model, QLoRAForCausalLM),
             bool(model.config.tie_word_embeddings),
+            vision,
         )
 
 
@@ -454,7 +468,7 @@ def _cast_adapter_bytes(s: Settings, layer: _Layer) -> int:
 
 def _kept_bytes(s: Settings, layer: _Layer) -> int:
     """What autograd keeps of a layer: see the module's docstring."""
-    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    c, tokens, value = s.text, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     h, i, heads = int(c.hidden_size), layer.mlp_width, int(c.num_attention_heads)
     q, k = layer.attention_widths
     if sdpa_backend(s.compute_capability, compute_dtype(s.precision)) is SDPA_REPEATED_KV:
@@ -481,7 +495,7 @@ def _kept_compiled(s: Settings, layer: _Layer) -> int:
     Tensors [T, H] of the residual stream; queries, keys (twice each if they are normalized), values, and the
     attention's result with a float32 log-sum per head; what the MLP's first products give [T, 2 I].
     """
-    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    c, tokens, value = s.text, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     h, heads = int(c.hidden_size), int(c.num_attention_heads)
     q, k = layer.attention_widths
     low = sum(p.rank for p in layer.projections.values())
@@ -504,7 +518,7 @@ def _working_bytes(s: Settings, layer: _Layer, *, recomputes: bool) -> int:
     * At the end of the model, while all layers are kept: the final norm's input and five float32 values of its size.
     * Compiled: as much. Measured (torch 2.11) are 9.16 GiB of a peak planned as 9.22 for 8B, 2.99 of 3.08 for 1B.
     """
-    c, tokens, value = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
+    c, tokens, value = s.text, s.batch_size * s.seq_len, compute_dtype(s.precision).itemsize
     wide, narrow = tokens * layer.mlp_width, tokens * int(c.hidden_size)
     needed = wide * value + max(wide * value, _dequantized_bytes(s, layer))
     if recomputes:
@@ -538,7 +552,7 @@ def _pinned_bytes(nbytes: int) -> int:
 
 def _loss_bytes(s: Settings) -> int:
     """The final norm's float32 input, its result and the gradient of that, and a chunk of logits."""
-    c, tokens, dtype = s.config, s.batch_size * s.seq_len, compute_dtype(s.precision)
+    c, tokens, dtype = s.text, s.batch_size * s.seq_len, compute_dtype(s.precision)
     if not s.model.has_logits:
         return int(tokens * c.hidden_size * (2 * dtype.itemsize + 4))
     on_gpu = s.compute_capability is not None
@@ -565,12 +579,13 @@ def plan_memory(settings: Settings) -> MemoryPlan:
             if s.limit_bytes is None or plan.device_bytes <= s.limit_bytes:
                 break
         return plan
-    c, value = s.config, compute_dtype(s.precision).itemsize
+    c, value = s.text, compute_dtype(s.precision).itemsize
     layers = s.model.layers
     tokens = s.batch_size * s.seq_len
     one_input = tokens * c.hidden_size * value
     adapters = _adapter_bytes(s, sum(layer.parameters.adapter_values(s.shards) for layer in layers))
     head = 4 * s.model.ends.adapter_values(s.shards)  # float32 in every precision
+    of_vision = _adapter_bytes(s, s.model.vision.trained_values(s.shards)) if s.model.vision else 0
     matrix = c.vocab_size * c.hidden_size * value
 
     resident = {
@@ -578,20 +593,24 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         "embeddings and head": s.model.ends.frozen_bytes(s.shards),
         "adapters": adapters,
         "trained head": head,
-        "optimizer state": 2 * (adapters + head),
+        "optimizer state": 2 * (adapters + head + of_vision),
     }
+    if (vision := s.model.vision) is not None:
+        resident["vision side"] = vision.frozen_bytes(s.shards)
+        resident["trained of the vision side"] = of_vision
     host = 0
     if s.offload:
-        host, resident = sum(resident.values()) + adapters + head, {}
-    resident["statistics"] = sum(layer.statistics for layer in layers)
+        host, resident = sum(resident.values()) + adapters + head + of_vision, {}
+    resident["statistics"] = sum(layer.statistics for layer in layers) + (vision.statistics if vision else 0)
     resident["workspace"] = _workspace_bytes(s)
 
-    gradients = 0 if s.offload else adapters + head
+    gradients = 0 if s.offload else adapters + head + of_vision
     if s.accumulate == 1 and s.strategy != "ddp":
         early_gradients = 0
     elif s.is_sharded and s.shards > 1:  # not reduced before the last micro-batch
         early_gradients = _adapter_bytes(s, sum(layer.parameters.adapter_values(1) for layer in layers))
         early_gradients += 4 * s.model.ends.adapter_values(1)
+        early_gradients += _adapter_bytes(s, vision.trained_values(1)) if vision else 0
     else:
         early_gradients = gradients
 
@@ -601,6 +620,8 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         (_kept_compiled if s.compile else _kept_bytes)(s, layer) for layer in layers[s.recomputed :]
     ]
     activations = 2 * value * s.seq_len * head_dim(c) + 32 * tokens  # rotary embeddings, tokens and labels
+    if vision:
+        activations += vision.kept_bytes(s.image_patches, value, bool(recomputed))
     returned = 0
     if not (recomputed or s.compile):
         activations -= tokens * (4 * c.hidden_size + 4)  # embeddings have no gradient: one norm less
@@ -641,6 +662,12 @@ def plan_memory(settings: Settings) -> MemoryPlan:
         "backward": {**resident, **backward},
         "step": {**resident, "gradients": max(gradients, early_gradients)},
     }
+    if vision and s.image_patches:  # after all of the decoder's backward, where the tower is trained
+        moments = {"vision": {
+            **resident, "gradients": gradients if vision.learns else early_gradients,
+            "activations": activations - 32 * tokens,
+            "working memory": vision.working_bytes(s.image_patches, value),
+        }, **moments}  # fmt: skip
     if s.is_sharded:
         if not s.model.has_logits:  # a language model's head takes as much while more is there
             moments = {"embedding": dict(resident), **moments}
@@ -667,6 +694,10 @@ def _add_gathered(s: Settings, moments: dict[str, dict[str, int]], matrix: int) 
         loss["gathered head"] = 2 * matrix + max(0, arriving - loss["loss"])
     else:  # the copy from the host is gone when the loss starts
         loss["gathered head"] = matrix + max(0, matrix - loss["loss"])
+    if s.model.vision and "vision" in moments:
+        block, trained = s.model.vision.largest_block
+        gathered = block + _adapter_bytes(s, trained)
+        moments["vision"]["gathered blocks"] = gathered * (1 + max(1, s.prefetch) if s.shards > 1 else 1)
     if s.shards > 1:
         most = max(layer.parameters.adapter_values(1) for layer in s.model.layers)
         backward["reduced gradients"] = 2 * _adapter_bytes(s, most)

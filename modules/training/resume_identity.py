@@ -34,10 +34,11 @@ class BaseIdentity:
     @classmethod
     def of(cls, checkpoint: SafetensorsCheckpoint, lora: LoraConfig) -> BaseIdentity:
         """The identity of a base model together with its adapters' shape."""
-        config = load_config(checkpoint.directory)
+        config = load_config(checkpoint.directory, vision=None).get_text_config()
+        targets = lora.target_modules or ()
         return cls(
             checkpoint.fingerprint(), config.hidden_size, config.num_hidden_layers, config.vocab_size, lora.r,
-            float(lora.lora_alpha), tuple(sorted(lora.target_modules or ())), lora.use_rslora,
+            float(lora.lora_alpha), (targets,) if isinstance(targets, str) else tuple(sorted(targets)), lora.use_rslora,
             tuple((lora.rank_pattern or {}).items()), tuple((lora.alpha_pattern or {}).items()),
             tuple(lora.modules_to_save or ()),
         )  # fmt: skip

@@ -43,6 +43,7 @@ def plan_run(
     config: PretrainedConfig, lora: LoraConfig, strategy: StrategyOptions, compute: ComputeOptions, *,
     batch_size: int, seq_len: int, accumulate: int = 1, device: Capabilities | None = None,
     head: Head = LanguageModelHead(),  # noqa: B008  frozen
+    image_patches: int = 0,
 ) -> RunPlan:  # fmt: skip
     """Choose what the flags leave open: the strategy, and how many layers are recomputed.
 
@@ -51,7 +52,8 @@ def plan_run(
     takes a third more time, and two GPUs were 10 to 20 % faster with DDP (8B, H200).
 
     Args:
-        config: As of :class:`Settings`, like ``lora``, ``batch_size``, ``seq_len``, ``accumulate`` and ``head``.
+        config: As of :class:`Settings`, like ``lora``, ``batch_size``, ``seq_len``, ``accumulate``, ``head`` and
+            ``image_patches``.
         strategy: Its precision is not ``"auto"``: see :meth:`StrategyOptions.check`.
         compute: Activation checkpointing, memory limit and compilation.
         device: That of each rank; ``None`` for a CPU.
@@ -65,7 +67,7 @@ def plan_run(
         return plan_memory(
             Settings.of(
                 config, lora, options, compute, batch_size=batch_size, seq_len=seq_len, accumulate=accumulate,
-                device=device, head=head,
+                device=device, head=head, image_patches=image_patches,
             )
         )  # fmt: skip
 
