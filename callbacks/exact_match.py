@@ -24,8 +24,8 @@ class ExactMatch(Callback):
     checkpoint.
 
     The module's ``forward(input_ids, **inputs, logits_to_keep=positions)`` returns logits [B, P, V]. Where the strategy
-    shards the model, all ranks must go through the same modules: a batch in which some ranks have images and others have
-    none is left out, and not counted.
+    shards the model, all ranks must go through the same modules: a batch in which some ranks have images and others
+    have none is left out, and not counted.
     """
 
     report_key = "exact_match"

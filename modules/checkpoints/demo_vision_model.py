@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -85,7 +85,7 @@ def graft(text: Path, directory: Path, images: np.ndarray[Any, Any], labels: np.
     processor = {"processor_class": "LlavaProcessor", "patch_size": _PATCH_SIZE, "num_additional_image_tokens": 0,
                  "vision_feature_select_strategy": "full", "image_token": _IMAGE_TOKEN}  # fmt: skip
     (directory / "processor_config.json").write_text(json.dumps(processor, indent=2))
-    pixels = AutoImageProcessor.from_pretrained(directory, backend="pil")(
+    pixels = SiglipImageProcessorPil.from_pretrained(directory)(
         [Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt"
     )["pixel_values"]
     tower = _train_tower(pixels, torch.from_numpy(labels))

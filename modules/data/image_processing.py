@@ -20,6 +20,7 @@ Shapes: B samples, S tokens of a row, P patches of all images of a batch.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 #: An image of a batch with the longer side it is limited to, which only some families need once it is shrunk.
 SizedImage = tuple[Image.Image, int | None]
@@ -48,6 +49,8 @@ class ImageProcessing:
         ValueError: If the tokenizer lacks one of the family's image tokens.
     """
 
+    default_processor: ClassVar[str]
+    """transformers' class of the image processor, where its file does not name it."""
     fixed_size: ClassVar[bool] = False
     """Whether an image takes the same number of tokens whatever its size, so that shrinking it gains nothing."""
     least_side: int = 28
@@ -144,6 +147,7 @@ class ImageProcessing:
 class LlavaImages(ImageProcessing):
     """Llava 1.5: a CLIP or SigLIP tower, images of one size."""
 
+    default_processor = "CLIPImageProcessor"
     fixed_size = True
 
     #: Towers by whether they have a class token beside the patches.
@@ -173,6 +177,7 @@ class LlavaImages(ImageProcessing):
 class PixtralImages(ImageProcessing):
     """Pixtral: images of any size up to a longest edge, rows of patches with a break token after each."""
 
+    default_processor = "PixtralImageProcessor"
     _BREAK, _END = "[IMG_BREAK]", "[IMG_END]"
 
     def tokens(self) -> tuple[str, ...]:
@@ -204,6 +209,7 @@ class PixtralImages(ImageProcessing):
 class QwenImages(ImageProcessing):
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of nearly any size, and positions in three dimensions."""
 
+    default_processor = "Qwen2VLImageProcessor"
     _START, _END = "<|vision_start|>", "<|vision_end|>"
 
     @property
@@ -227,6 +233,7 @@ class QwenImages(ImageProcessing):
 class Idefics3Images(ImageProcessing):
     """Idefics3 and SmolVLM: images are enlarged to a longest edge, cut into tiles, and shown as a whole."""
 
+    default_processor = "Idefics3ImageProcessor"
     _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
     def tokens(self) -> tuple[str, ...]:
@@ -290,6 +297,7 @@ class Idefics3Images(ImageProcessing):
 class Gemma3Images(ImageProcessing):
     """Gemma 3: a fixed number of tokens between two marks, whose tokens see each other both ways."""
 
+    default_processor = "Gemma3ImageProcessor"
     fixed_size = True
 
     @cached_property
@@ -337,6 +345,7 @@ class Gemma3Images(ImageProcessing):
 class MllamaImages(ImageProcessing):
     """Llama 3.2 Vision: images are cut into tiles, which layers of cross attention read from one token on."""
 
+    default_processor = "MllamaImageProcessor"
     fixed_size = True
 
     @property
@@ -387,6 +396,20 @@ FAMILIES: dict[str, type[ImageProcessing]] = {
 }
 
 
+#: Image processors, and the packages of transformers' models that have them.
+_PIL_PACKAGES = {
+    "CLIPImageProcessor": "clip",
+    "SiglipImageProcessor": "siglip",
+    "LlavaImageProcessor": "llava",
+    "PixtralImageProcessor": "pixtral",
+    "Qwen2VLImageProcessor": "qwen2_vl",
+    "Idefics3ImageProcessor": "idefics3",
+    "SmolVLMImageProcessor": "smolvlm",
+    "Gemma3ImageProcessor": "gemma3",
+    "MllamaImageProcessor": "mllama",
+}
+
+
 def image_family(config: PretrainedConfig) -> type[ImageProcessing]:
     """The class for a model.
 
@@ -413,13 +436,31 @@ def load_image_processing(
     """
     family = image_family(config)
     try:
-        image_processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        image_processor = _load_image_processor(Path(directory), family)
     except Exception as error:  # transformers raises many types for files that are missing or damaged
         raise ValueError(
             f"{directory}: its image processor cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}"
             "); copy preprocessor_config.json or processor_config.json of the original model into it"
         ) from error
     return family(config, tokenizer, image_processor)
+
+
+def _load_image_processor(directory: Path, family: type[ImageProcessing]) -> Any:
+    """The image processor in a directory, in the variant that needs no torchvision.
+
+    transformers' own choice (``AutoImageProcessor``) needs torchvision in 5.17, if only to be imported.
+    """
+    named: str | None = None
+    for file, inside in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if named is None and (directory / file).is_file():
+            found = json.loads((directory / file).read_text(encoding="utf-8"))
+            named = (found.get(inside, {}) if inside else found).get("image_processor_type")
+    name = (named or family.default_processor).removesuffix("Fast").removesuffix("Pil")
+    if name not in _PIL_PACKAGES:
+        raise ValueError(f"{name} is not known here; known are {', '.join(_PIL_PACKAGES)}")
+    package = _PIL_PACKAGES[name]
+    module = importlib.import_module(f"transformers.models.{package}.image_processing_pil_{package}")
+    return getattr(module, f"{name}Pil").from_pretrained(directory)
 
 
 def with_chat_template(directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -36,6 +36,8 @@ def stock_processor(name: str, image_processor: Any, tokenizer: Any, monkeypatch
     if name == "smolvlm":
         monkeypatch.setattr(module, "num2words", str)  # of videos' texts
     tokenizer.bos_token = "<|im_start|>"  # Mllama's writes it before texts that do not hold it
+    if name == "mllama":  # in 5.17 it refused text-only samples in a batch with images
+        monkeypatch.setattr(kind, "validate_inputs", lambda *_, **__: None)
     if name == "gemma3":
         tokenizer.image_token, tokenizer.boi_token, tokenizer.eoi_token = family.tokens
         tokenizer.image_token_id, tokenizer.boi_token_id = tokenizer.convert_tokens_to_ids(list(family.tokens[:2]))
