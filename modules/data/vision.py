@@ -25,7 +25,7 @@ from .data_module import ChatDataModule, Part
 from .dataset import SampleDataset
 from .digits import DIGITS, digit_chats
 from .image_collator import ImageCollator
-from .image_processing import load_image_processing, with_chat_template
+from .image_processors import load_image_processing, with_chat_template
 from .image_rows import to_image_chat
 from .image_template import ImageLimits, OversizedImages, tokenize_image_chats
 from .images import ImageTable, describe_changes

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import LlamaConfig
 from transformers.models.pixtral import image_processing_pil_pixtral
 
-from lightning_qlora.modules.data.image_processing import load_image_processing
+from lightning_qlora.modules.data.image_processors import load_image_processing
 from lightning_qlora.modules.data.options import DataOptions
 from lightning_qlora.modules.data.vision import VisionDataModule
 from tests.chats import make_tokenizer, write

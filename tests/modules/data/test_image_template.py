@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightning_qlora.modules.data.image_processing import ImageProcessing, load_image_processing, with_chat_template
+from lightning_qlora.modules.data.image_processing import ImageProcessing
+from lightning_qlora.modules.data.image_processors import load_image_processing, with_chat_template
 from lightning_qlora.modules.data.image_rows import IMAGE
 from lightning_qlora.modules.data.image_template import ImageLimits, TokenizedImageChats, tokenize_image_chats
 from lightning_qlora.modules.data.images import ImageTable, stored_image
