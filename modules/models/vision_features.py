@@ -62,6 +62,8 @@ class _QwenAttention(nn.Module):
 
     num_heads: int
     scaling: float
+    qkv: Any
+    proj: Any
 
     def forward(
         self, hidden_states: Tensor, cu_seqlens: Tensor | None = None,
@@ -76,8 +78,8 @@ class _QwenAttention(nn.Module):
         split: Tensor = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
         query, key, value = split.unbind(1)
         query, key = (_rotate(each, *position_embeddings) for each in (query, key))
-        one_row = [each.transpose(0, 1)[None] for each in (query, key, value)]
-        output, _ = attention(self, *one_row, None, scaling=self.scaling, batch_attention=batch_attention)
+        query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))  # one row
+        output, _ = attention(self, query, key, value, None, scaling=self.scaling, batch_attention=batch_attention)
         return self.proj(output.reshape(len(hidden_states), -1))  # type: ignore[no-any-return]
 
 
@@ -91,6 +93,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _QwenImages(nn.Module):
     """Mixin for the part of the model without a head: says where images and windows are."""
+
+    visual: Any
 
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
@@ -128,6 +132,8 @@ class _LlavaImages(nn.Module):
     """
 
     config: Any
+    vision_tower: Any
+    multi_modal_projector: Any
 
     def get_image_features(
         self, pixel_values: Tensor, vision_feature_layer: Any = None, vision_feature_select_strategy: str | None = None,
@@ -194,6 +200,7 @@ def specialize_tower(inner: Any, family: Family, config: PretrainedConfig) -> No
             block_mixin, rotary = _PixtralBlock, tower.patch_positional_embedding
             rotary.__class__ = mixed(Float32Buffers, type(rotary))
     windowless = getattr(tower, "fullatt_block_indexes", range(len(blocks)))
+    block: Any
     for index, block in enumerate(blocks):
         block.__class__ = mixed(block_mixin, type(block))
         if block_mixin is _QwenBlock:

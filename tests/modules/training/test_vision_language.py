@@ -92,7 +92,7 @@ def test_by_default_only_the_language_model_is_adapted_and_continued_from(tmp_pa
     assert found["flops"] > 0
     again = QLoRAVisionLanguage(directory, init_adapter=tmp_path / "adapter")
     assert again.lora.r == 4
-    with pytest.raises(ValueError, match="The projector of Gemma3 has no linear layers|no linear layers"):
+    with pytest.raises(ValueError, match="the projector of Gemma3 has no linear layers"):
         QLoRAVisionLanguage(
             save(tmp_path / "gemma3", "gemma3"), default_lora(4), vision=VisionOptions(projector="lora")
         )
