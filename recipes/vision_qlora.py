@@ -65,7 +65,7 @@ from lightning_qlora.modules.training.vision_language import QLoRAVisionLanguage
 
 def main(
     model: ModelOptions = ModelOptions(DEMO_VISION_MODEL),
-    data_options: DataOptions = DataOptions(DIGITS, val_samples=96),
+    data_options: DataOptions = DataOptions(DIGITS, val_samples=96, show_samples=1),
     images: ImageOptions = ImageOptions(),
     vision: VisionOptions = VisionOptions(projector="full"),
     batch: Annotated[BatchOptions, Only("batch_size", "accumulate", "seq_len")] = BatchOptions(

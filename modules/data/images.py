@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -148,24 +147,24 @@ def check_image(image: StoredImage) -> CheckedImage:
     opened = _open(data, image)
     changes = []
     if getattr(opened, "n_frames", 1) > 1:
-        changes.append("of several frames are represented by their first one")
+        changes.append("of several frames (the first is taken)")
     try:
         opened.load()
         orientation = opened.getexif().get(_ORIENTATION, 1)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, zlib.error and others
         raise ValueError(f"{image} cannot be decoded ({type(error).__name__}: {error})") from error
     if orientation in range(2, 9):
-        changes.append("are rotated or mirrored as their EXIF data say")
+        changes.append("rotated or mirrored as their EXIF data say")
     if opened.mode.startswith("I;16"):
-        changes.append("of 16 bits are scaled to 8")
+        changes.append("of 16 bits (scaled to 8)")
     elif opened.mode in ("I", "F"):
         raise ValueError(
             f"{image} has 32 bits per pixel, so its brightest value is unknown; convert it to 8 or 16 bits"
         )
     elif opened.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        changes.append(f"in {opened.mode} are converted to RGB")
+        changes.append(f"in {opened.mode} (converted to RGB)")
     elif "A" in opened.mode or "a" in opened.mode or "transparency" in opened.info:
-        changes.append("with transparency lose it")
+        changes.append("with transparency (which is dropped)")
     width, height = opened.size
     if orientation in _TURNED:
         width, height = height, width
@@ -278,8 +277,3 @@ def _check_or_error(image: StoredImage) -> CheckedImage | ValueError:
         return check_image(image)
     except ValueError as error:
         return error
-
-
-def describe_changes(changes: Mapping[str, Any]) -> str:
-    """One sentence on what is done to images beyond decoding."""
-    return "; ".join(f"{count} images {change}" for change, count in changes.items())

@@ -28,7 +28,7 @@ from .image_collator import ImageCollator
 from .image_processors import load_image_processing, with_chat_template
 from .image_rows import to_image_chat
 from .image_template import ImageLimits, OversizedImages, tokenize_image_chats
-from .images import ImageTable, describe_changes
+from .images import ImageTable
 from .options import DataOptions
 from .preview import SamplePreview
 from .sampler import CostGroupedSampler, GlobalBatchSampler
@@ -239,13 +239,11 @@ class VisionDataModule(ChatDataModule):
             return f"{text}. None has an image"
         tokens = figures["image_tokens"]
         shares = ", ".join(f"{count / self.seq_len:.0%}" for count in tokens.values())
-        text += (
-            f". {figures['images']} images in {figures['samples_with_images']} samples; a sample's images take "
-            f"{tokens['min']} to {tokens['max']} tokens, median {tokens['median']:g} (min, median, max: {shares} of "
-            f"seq_len={self.seq_len})"
+        notes = [f"{self.num_shrunk} shrunk"] if self.num_shrunk else []
+        notes += [f"{count} {change}" for change, count in self.table.changes().items()]
+        noted = f" ({', '.join(notes)})" if notes else ""
+        return (
+            f"{text}. {figures['images']} images{noted} in "
+            f"{figures['samples_with_images']} samples, which take {tokens['min']} to {tokens['max']} tokens of a "
+            f"sample, median {tokens['median']:g} (min, median, max: {shares} of seq_len={self.seq_len})"
         )
-        if self.num_shrunk:
-            text += f"; {self.num_shrunk} images are shrunk"
-        if changes := self.table.changes():
-            text += f"; {describe_changes(changes)}"
-        return text

@@ -99,11 +99,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "change"),
     [
-        (encoded(RGB.convert("CMYK"), "JPEG"), "in CMYK are converted to RGB"),
-        (encoded(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", RGB.size)]), "represented by their first"),
-        (rotated(6), "are rotated or mirrored as their EXIF data say"),
-        (rotated(2), "are rotated or mirrored as their EXIF data say"),
-        (encoded(RGB.convert("RGBA")), "with transparency lose it"),
+        (encoded(RGB.convert("CMYK"), "JPEG"), "in CMYK (converted to RGB)"),
+        (
+            encoded(RGB, "GIF", save_all=True, append_images=[Image.new("RGB", RGB.size)]),
+            "of several frames (the first is taken)",
+        ),
+        (rotated(6), "rotated or mirrored as their EXIF data say"),
+        (rotated(2), "rotated or mirrored as their EXIF data say"),
+        (encoded(RGB.convert("RGBA")), "with transparency (which is dropped)"),
         (encoded(RGB.convert("L")), None),
         (encoded(RGB.convert("P")), None),
         (PNG, None),
@@ -124,7 +127,7 @@ def test_pixels_are_those_of_stock_transformers(data: bytes, change: str | None,
 def test_16_bits_are_scaled() -> None:
     grey = np.array([[0, 257 * 5], [257 * 200, 65535]], np.uint16)
     image = StoredImage(data=encoded(Image.fromarray(grey)))
-    assert check_image(image).changes == ("of 16 bits are scaled to 8",)
+    assert check_image(image).changes == ("of 16 bits (scaled to 8)",)
     assert np.asarray(load_image(image))[..., 0].tolist() == [[0, 5], [200, 255]]
 
 

@@ -56,10 +56,9 @@ def test_what_images_cost_is_told_and_reported(folder: Path, tmp_path: Path, cap
     with caplog.at_level(logging.INFO):
         data.load()
     assert re.search(
-        r"told.jsonl: 5 samples to train on, 0 held out. 4 images in 4 samples; a sample's images take 25 to 75 "
-        "tokens, "
-        r"median \d+(\.5)? \(min, median, max: 6%, \d+%, 19% of seq_len=400\); 1 images are shrunk; 1 images in CMYK "
-        "are converted to RGB",
+        r"told.jsonl: 5 samples to train on, 0 held out. 4 images \(1 shrunk, 1 in CMYK \(converted to RGB\)\) in 4 "
+        r"samples, which take 25 to 75 tokens of a sample, median \d+(\.5)? \(min, median, max: 6%, \d+%, 19% of "
+        r"seq_len=400\)",
         caplog.text,
     )
     section = data.report_section()
@@ -67,7 +66,7 @@ def test_what_images_cost_is_told_and_reported(folder: Path, tmp_path: Path, cap
     section = json.loads(json.dumps(section))
     assert (section["images"], section["samples_with_images"], section["images_shrunk"]) == (4, 4, 1)
     assert (section["image_tokens"]["min"], section["image_tokens"]["max"]) == (25, 75)
-    assert section["image_changes"] == {"in CMYK are converted to RGB": 1}
+    assert section["image_changes"] == {"in CMYK (converted to RGB)": 1}
     runs = section["samples"][0]["runs"]
     assert runs[0][0].endswith(
         "<|vision_start|><|image_pad|> x 25 <|vision_end|>what 1?<|im_end|>\n<|im_start|>assistant\n"
