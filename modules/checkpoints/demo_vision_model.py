@@ -136,14 +136,14 @@ def _train_tower(pixels: Tensor, labels: Tensor, epochs: int = 15, batch_size: i
         optimizer = torch.optim.AdamW([*tower.parameters(), *classifier.parameters()], lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in range(epochs):
-            for batch in torch.randperm(len(pixels))[: len(pixels) // batch_size * batch_size].split(batch_size):
+            for batch in torch.randperm(len(pixels))[: len(pixels) // batch_size * batch_size].view(-1, batch_size):
                 # Scans are not all in the middle: a shift by up to a scan's pixel makes more of few images.
                 shift = torch.randint(-4, 5, (2,)).tolist()
                 shifted = pixels[batch].roll(shift, dims=(2, 3))
                 hidden = tower(shifted, output_hidden_states=True).hidden_states[-2]
                 loss = nn.functional.cross_entropy(classifier(hidden.mean(1)), labels[batch])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
     return tower.eval()

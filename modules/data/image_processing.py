@@ -164,7 +164,8 @@ class LlavaImages(ImageProcessing):
         return int((vision.image_size // vision.patch_size) ** 2) + self._CLASS_TOKEN[vision.model_type]
 
     def expansion(self, width: int, height: int, max_side: int | None = None) -> str:
-        return self.image_token * (self._positions - (self.config.vision_feature_select_strategy == "default"))
+        without_class_token = int(self.config.vision_feature_select_strategy == "default")
+        return self.image_token * (self._positions - without_class_token)
 
     def cost(self, width: int, height: int, max_side: int | None = None) -> int:
         return self._positions
@@ -216,7 +217,7 @@ class QwenImages(ImageProcessing):
         return (self.image_token, self._START, self._END)
 
     def expansion(self, width: int, height: int, max_side: int | None = None) -> str:
-        return self.image_token * (self.cost(width, height) // self.image_processor.merge_size**2)
+        return self.image_token * (self.cost(width, height) // int(self.image_processor.merge_size) ** 2)
 
     def cost(self, width: int, height: int, max_side: int | None = None) -> int:
         return int(self.image_processor.get_number_of_image_patches(height, width))

@@ -66,7 +66,7 @@ class ImageChatRenderer(ChatRenderer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._parts: dict[str, bool] = {}
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROBE}]}
+        user: dict[str, object] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _PROBE}]}
         assert self.processing is not None
         placeholder = self.processing.placeholder
         text = self._try([user])
@@ -76,12 +76,13 @@ class ImageChatRenderer(ChatRenderer):
                 "The chat template writes nothing for an image: "
                 f"{self.processing.written} is written where it stands in the text"
             ] = None
-        question = {"role": "user", "content": self._content("user", _PROBE)}
+        question: dict[str, object] = {"role": "user", "content": self._content("user", _PROBE)}
         parts = [{"type": "text", "text": _PROBE}]
-        for role, chat in (
-            ("system", [{"role": "system", "content": parts}, question]),
-            ("assistant", [question, {"role": "assistant", "content": parts}]),
-        ):
+        probes: dict[str, list[dict[str, object]]] = {
+            "system": [{"role": "system", "content": parts}, question],
+            "assistant": [question, {"role": "assistant", "content": parts}],
+        }
+        for role, chat in probes.items():
             found = self._try(chat)
             self._parts[role] = found is not None and found.count(_PROBE) == 2
 

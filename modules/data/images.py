@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 #: Most pixels of an image, as Pillow's own bound against decompression bombs: a quarter of a GiB as RGB.
 MOST_PIXELS = 1024**3 // 4 // 3
@@ -180,7 +180,7 @@ def _open(data: bytes, image: StoredImage) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(_too_large(image, str(error))) from error
     except Exception as error:  # broken headers raise as many types as broken bodies
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else f"{error}"
         raise ValueError(f"{image} cannot be decoded ({type(error).__name__}: {reason})") from error
     width, height = opened.size
     if width < 1 or height < 1:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from lightning_qlora.callbacks.report import load_report
-from tests.recipes.runs import call, recipe_module
+from tests.distributed import RankPools
+from tests.recipes.runs import call, difference, recipe_module, train_in_pool
 from tests.vision import save_vision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_group_left")
@@ -81,3 +82,17 @@ def test_bad_images_are_refused_before_a_model_is_built(flags: dict[str, Any], t
         call(
             recipe_module("vision_qlora"), **{**flags, "dataset": str(data), "output_dir": tmp_path / "run"}
         )  # fmt: skip
+
+
+def test_two_ranks_train_as_one(flags: dict[str, Any], tmp_path: Path, ranks: RankPools) -> None:
+    """The same batches of about equal cost, dealt to one rank or to two."""
+    few = {**flags, "max_steps": 7, "strategy": "fsdp2"}
+    one = train_in_pool(
+        ranks, 1, {**few, "devices": 1, "batch_size": 2, "output_dir": tmp_path / "one"}, recipe="vision_qlora"
+    )
+    two = train_in_pool(
+        ranks, 2, {**few, "devices": 2, "batch_size": 1, "output_dir": tmp_path / "two"}, recipe="vision_qlora"
+    )
+    assert difference(two["losses"], one["losses"]) < 1e-4
+    assert one["sections"]["exact_match"]["before training"]["samples"] == 10
+    assert two["sections"]["exact_match"]["before training"]["samples"] >= 8
