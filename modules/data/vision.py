@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..options import at_least
@@ -35,6 +36,9 @@ from .sampler import CostGroupedSampler, GlobalBatchSampler
 from .samples import Collator, Sample
 from .sources import PlacedChats, Source, numbered, read_rows, say_unused
 from .vocabulary import check_token_ids, choose_pad_token_id
+
+#: Images that take longer to decode than a user waits without a word.
+_MANY = 2000
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,14 @@ class VisionDataModule(ChatDataModule):
         folder = self._folder(source)
         rows, places = read_rows(source, split, skip, lambda row: to_image_chat(row, unused, folder))
         say_unused(source, unused)
-        found = iter(self.table.check([image for _, images in rows for image in images]))
+        images = [image for _, held in rows for image in held]
+        if len(images) > _MANY:
+            rank_zero_info(f"{source.name}: decoding {len(images)} images once, to find damaged ones before training.")
+        found = iter(self.table.check(images))
         bad = BadRows(source.name, skip)
         kept = PlacedChats([], [])
-        for (chat, images), place in zip(rows, places, strict=True):
-            results = [next(found) for _ in images]
+        for (chat, held), place in zip(rows, places, strict=True):
+            results = [next(found) for _ in held]
             errors = [result for result in results if isinstance(result, ValueError)]
             if errors:
                 bad.add(place, errors[0])
