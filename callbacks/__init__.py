@@ -21,6 +21,7 @@ from .answers import CompareAnswers
 from .checkpoint import StepCheckpoint
 from .classification_report import ClassificationReport
 from .compile_report import CompileReport, CompileReportError, CompileSection
+from .exact_match import ExactMatch
 from .graceful_stop import GracefulStop
 from .memory_report import MemoryReport, MemorySection
 from .progress import LossProgress
@@ -34,6 +35,7 @@ __all__ = [
     "CompileReport",
     "CompileReportError",
     "CompileSection",
+    "ExactMatch",
     "GracefulStop",
     "LossProgress",
     "MemoryReport",

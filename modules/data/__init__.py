@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .sampler import GlobalBatchSampler
     from .samples import IGNORE_INDEX, Batch, Chat, Collator, Message, PackedBatch, Sample
     from .sources import load_chats
+    from .vision import ImageOptions, VisionDataModule
     from .vocabulary import choose_pad_token_id
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
@@ -31,11 +32,13 @@ __all__ = [
     "Collator",
     "DataOptions",
     "GlobalBatchSampler",
+    "ImageOptions",
     "Message",
     "PackedBatch",
     "PackedCollator",
     "ResumableDataLoader",
     "Sample",
+    "VisionDataModule",
     "choose_pad_token_id",
     "join_samples",
     "load_chats",

@@ -62,18 +62,7 @@ def tokenize_chats(
         ValueError: If the tokenizer cannot do this, chats cannot be trained on (naming the first ten and the causes),
             or no sample is left.
     """
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, got {seq_len}: the first token of a sample is never predicted")
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load one with use_fast=True"
-        )
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template, so it is unknown how turns are written; use an instruct model, or "
-            "name a template for this base model with --chat_template: plain fits every model, or a file with a Jinja "
-            "template"
-        )
+    check_tokenizer(tokenizer, seq_len)
     places = places or [f"chat {number}" for number in range(1, len(chats) + 1)]
     bad = bad or BadRows("the data", skip=False)
     renderer = ChatRenderer(tokenizer, train_on, date)
@@ -86,7 +75,7 @@ def tokenize_chats(
     # The templates write every special token themselves, the one that opens the text included.
     texts = [text.text for _, text in rendered]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {"input_ids": []}
-    markers = _markers(tokenizer)
+    markers = turn_markers(tokenizer)
     samples: list[Sample] = []
     kept: list[int] = []
     turn_ends: set[int] = set()
@@ -94,7 +83,7 @@ def tokenize_chats(
     for number, (index, text) in enumerate(rendered):
         ids: list[int] = encoded["input_ids"][number]
         try:
-            labels, ends = _completion_labels(ids, encoded["offset_mapping"][number], text, markers)
+            labels, ends = completion_labels(ids, encoded["offset_mapping"][number], text, markers)
         except ValueError as error:
             bad.add(places[index], error)
             continue
@@ -117,13 +106,33 @@ def tokenize_chats(
     return TokenizedChats(samples, kept, num_truncated, num_dropped, tuple(sorted(turn_ends)))
 
 
-def _markers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, seq_len: int) -> None:
+    """Check that samples of ``seq_len`` tokens can be made with this tokenizer.
+
+    Raises:
+        ValueError: If not.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be at least 2, got {seq_len}: the first token of a sample is never predicted")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load one with use_fast=True"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template, so it is unknown how turns are written; use an instruct model, or "
+            "name a template for this base model with --chat_template: plain fits every model, or a file with a Jinja "
+            "template"
+        )
+
+
+def turn_markers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that can end a turn: special and added ones, but not the runs of white space that some tokenizers add."""
     added = {i for token, i in tokenizer.get_added_vocab().items() if token.strip(" \n\t\r▁")}
     return added | set(tokenizer.all_special_ids)
 
 
-def _completion_labels(
+def completion_labels(
     ids: list[int], offsets: list[tuple[int, int]], rendered: RenderedChat, markers: set[int]
 ) -> tuple[list[int], set[int]]:
     """Return the labels, and the tokens that end the turns.

@@ -43,7 +43,7 @@ from .vocabulary import check_token_ids, choose_pad_token_id
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """Samples to train or to validate on, each with its chat."""
 
     samples: list[Sample]
@@ -54,9 +54,9 @@ class _Part:
     origin: str = "held out"
     """Of validation samples: where they are from."""
 
-    def only(self, chosen: Sequence[bool]) -> "_Part":
+    def only(self, chosen: Sequence[bool]) -> "Part":
         """Those that are chosen, without the counts."""
-        return _Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
+        return Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
 
 
 class ChatDataModule(ResumableDataModule):
@@ -179,14 +179,13 @@ class ChatDataModule(ResumableDataModule):
         """
         if self.train_set is not None:
             return
-        pad_token_id = choose_pad_token_id(self.tokenizer, pad_token=self.options.pad_token, vocab_size=self.vocab_size)
+        pad_token_id = self._choose_pad_token_id()
         self.date = date_parts(self.tokenizer.get_chat_template()) if self.tokenizer.chat_template else {}
         train, val = self._read()
         self.val_set = ChatDataset([], pad_token_id)
         self.train_set = ChatDataset([], pad_token_id)
         self._hold(train, val)
-        collator = PackedCollator if self.packing else ChatCollator
-        self.collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
+        self.collator = self.collate_fn or self._make_collator(pad_token_id)
         rank_zero_info(self._summary(val.origin))
         longest = max(len(sample["input_ids"]) for sample in (*train.samples, *val.samples))
         if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
@@ -195,21 +194,36 @@ class ChatDataModule(ResumableDataModule):
                 f"max_position_embeddings={self.max_position_embeddings}: it has seen no positions beyond. With a "
                 "seq_len of that, such samples lose their end."
             )
-        self.previews = [SamplePreview.of(each, self.tokenizer) for each in train.samples[: self.options.show_samples]]
+        self.previews = [self._preview(each) for each in train.samples[: self.options.show_samples]]
         rank_zero_only(print_previews)(self.previews)
 
-    def _read(self) -> tuple[_Part, _Part]:
+    def _choose_pad_token_id(self) -> int:
+        return choose_pad_token_id(self.tokenizer, pad_token=self.options.pad_token, vocab_size=self.vocab_size)
+
+    def _make_collator(self, pad_token_id: int) -> Collator:
+        return (PackedCollator if self.packing else ChatCollator)(pad_token_id, self.pad_to_multiple_of)
+
+    def _preview(self, sample: Sample) -> SamplePreview:
+        return SamplePreview.of(sample, self.tokenizer)
+
+    def _open(self, dataset: str, subset: str | None = None) -> Source:
+        return open_source(dataset, subset)
+
+    def _chats(self, source: Source, split: str) -> PlacedChats:
+        return read_chats(source, split, self.options.skip_bad_rows)
+
+    def _read(self) -> tuple[Part, Part]:
         """Read and tokenize what to train and what to validate on."""
         options = self.options
-        source = open_source(options.dataset, options.subset)
-        train = self._tokenize(source, read_chats(source, options.split, options.skip_bad_rows))
+        source = self._open(options.dataset, options.subset)
+        train = self._tokenize(source, self._chats(source, options.split))
         if options.val_dataset is not None:
-            other = open_source(options.val_dataset)
+            other = self._open(options.val_dataset)
             split = next(split for split in ("validation", "train", *other.splits) if split in other.splits)
-            val = self._tokenize(other, read_chats(other, split, options.skip_bad_rows))
+            val = self._tokenize(other, self._chats(other, split))
             val = dataclasses.replace(val, origin=f"of {other.name} to validate on")
         elif "validation" in source.splits and options.split != "validation" and options.val_samples:
-            read = read_chats(source, "validation", options.skip_bad_rows)
+            read = self._chats(source, "validation")
             chosen = smallest(read.chats, min(options.val_samples, len(read.chats)))
             val = self._tokenize(source, read.only(chosen))
             val = dataclasses.replace(
@@ -235,7 +249,7 @@ class ChatDataModule(ResumableDataModule):
             )
         return train, val
 
-    def _tokenize(self, source: Source, read: PlacedChats) -> _Part:
+    def _tokenize(self, source: Source, read: PlacedChats) -> Part:
         tokenized = tokenize_chats(
             self.tokenizer, read.chats, self.seq_len, train_on=self.options.train_on, date=self.date,
             places=read.places, bad=BadRows(source.name, self.options.skip_bad_rows),
@@ -243,11 +257,11 @@ class ChatDataModule(ResumableDataModule):
         if self.vocab_size is not None:
             check_token_ids(tokenized.samples, self.tokenizer, self.vocab_size)
         chats = [read.chats[index] for index in tokenized.kept]
-        return _Part(
+        return Part(
             tokenized.samples, chats, tokenized.num_truncated, tokenized.num_dropped, tokenized.turn_ends
         )  # fmt: skip
 
-    def _hold(self, train: _Part, val: _Part) -> None:
+    def _hold(self, train: Part, val: Part) -> None:
         """Put samples into the data sets, which loaders may have already, and note what is known of them."""
         train_set, val_set = self._loaded()
         self.val_chats = val.chats

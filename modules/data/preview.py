@@ -26,13 +26,25 @@ class SamplePreview:
     runs: list[tuple[str, bool]]
 
     @classmethod
-    def of(cls, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> SamplePreview:
-        """The preview of a sample. A token is trained where its label is set; the first one is never predicted."""
+    def of(cls, sample: Sample, tokenizer: PreTrainedTokenizerBase, repeated: int | None = None) -> SamplePreview:
+        """The preview of a sample. A token is trained where its label is set; the first one is never predicted.
+
+        Args:
+            sample: Tokenized.
+            tokenizer: Its tokenizer.
+            repeated: A token that stands for an image many times in a row, of which the text says how many.
+        """
         trained = [False, *(label != IGNORE_INDEX for label in sample["labels"][1:])]
         runs = []
         for is_trained, pairs in itertools.groupby(zip(trained, sample["input_ids"], strict=True), key=lambda p: p[0]):
-            text = tokenizer.decode([token for _, token in pairs], clean_up_tokenization_spaces=False)
-            runs.append((str(text), is_trained))
+            text = ""
+            for is_image, tokens in itertools.groupby(
+                (token for _, token in pairs), key=lambda token: token == repeated
+            ):
+                ids = list(tokens)
+                shown = tokenizer.decode(ids[:1] if is_image else ids, clean_up_tokenization_spaces=False)
+                text += f"{shown} x {len(ids)} " if is_image and len(ids) > 1 else str(shown)
+            runs.append((text, is_trained))
         return cls(len(trained), sum(trained), runs)
 
     def text(self, color: bool) -> str:

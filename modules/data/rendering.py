@@ -65,6 +65,8 @@ class RenderedChat:
 
     text: str
     turns: list[Turn]
+    messages: int
+    """How many messages of the chat it holds."""
 
 
 @dataclass
@@ -136,13 +138,17 @@ class ChatRenderer:
         if last is None:
             text, last = self._with_thought(messages)
         for position, message in enumerate(messages):
-            if position not in trained and not _stands_in(_as_history(message), text):
+            if position not in trained and not self._is_written(_as_history(message), text):
                 raise ValueError(
                     f"message {position + 1} ({message['role']}): the chat template leaves its content out of the "
                     "text; put it into a message of a role that the template writes, or choose another template with "
                     "--chat_template"
                 )
-        return RenderedChat(text, [*turns, last])
+        return RenderedChat(text, [*turns, last], len(messages))
+
+    def _is_written(self, content: str, text: str) -> bool:
+        """Whether a text holds what it must of a message that is not trained."""
+        return stands_in(content, text)
 
     def _write(self, messages: Sequence[Message], header: bool = False) -> str:
         try:
@@ -179,7 +185,7 @@ class ChatRenderer:
                 f"{where}: the chat template does not write its content as it is ({message['content']!r:.80} became "
                 f"{written!r:.80}); choose another template with --chat_template"
             )
-        if (reasoning := message.get("reasoning_content")) and not _stands_in(reasoning, written):
+        if (reasoning := message.get("reasoning_content")) and not stands_in(reasoning, written):
             raise ValueError(
                 f"{where}: the chat template does not write its reasoning_content; put it at the beginning of the "
                 "content, as <think>...</think>, or choose another template with --chat_template"
@@ -240,7 +246,7 @@ def _as_history(message: Message) -> str:
     return message["content"]
 
 
-def _stands_in(content: str, text: str) -> bool:
+def stands_in(content: str, text: str) -> bool:
     """Whether a text holds a content: as it is, with other white space, or as a JSON string (some tool results)."""
     if content.strip() in text:
         return True

@@ -79,15 +79,58 @@ class GlobalBatchSampler(DistributedSampler[int]):
         if self.shuffle:
             # Not a torch.Generator: its manual_seed keeps 32 bits, and seed + epoch would repeat the next seed's
             # orders.
-            order = (
-                np.random.default_rng([self.seed, self.epoch + self.epoch_offset])
-                .permutation(self.dataset_size)
-                .tolist()
-            )
+            order = self._draw(np.random.default_rng([self.seed, self.epoch + self.epoch_offset]))
         for first in range(start * self.global_batch_size, self.dataset_size, self.global_batch_size):
             own = order[first : first + self.global_batch_size][self.rank :: self.num_replicas]
             yield from own or [self.dataset_size]
 
+    def _draw(self, random: np.random.Generator) -> Sequence[int]:
+        """The order of an epoch: each index once."""
+        return random.permutation(self.dataset_size).tolist()  # type: ignore[no-any-return]
+
     def identity(self) -> dict[str, int]:
         """What must not change between a checkpoint and its resume for the order to go on."""
         return {"global_batch_size": self.global_batch_size, "dataset_size": self.dataset_size, "seed": self.seed}
+
+
+class CostGroupedSampler(GlobalBatchSampler):
+    """A :class:`GlobalBatchSampler` whose global batches hold samples of about equal cost.
+
+    A rank waits for the slowest of all in each batch, and a batch is padded to its longest sample. So each epoch's
+    random order is cut into windows of some global batches, the samples of a window are sorted by their cost and cut
+    into batches, and the batches are shuffled. A sample is at most a window away from where chance put it.
+
+    Args:
+        costs: Of each sample of the data set, in any unit.
+        window: Global batches that are sorted together.
+        dataset, batch_size, num_replicas, rank, seed: As for :class:`GlobalBatchSampler`.
+
+    Raises:
+        ValueError: As :class:`GlobalBatchSampler`, or for a window below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        costs: Sequence[int],
+        *,
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        seed: int = 0,
+        window: int = 32,
+    ) -> None:
+        require_at_least(window=(window, 1))
+        super().__init__(dataset, batch_size=batch_size, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.costs, self.window = costs, window
+
+    def _draw(self, random: np.random.Generator) -> Sequence[int]:
+        order, size = super()._draw(random), self.global_batch_size
+        batches: list[Sequence[int]] = []
+        for first in range(0, len(order), self.window * size):
+            # A stable sort of a random order: samples of equal cost meet others in each epoch.
+            group = sorted(order[first : first + self.window * size], key=lambda index: self.costs[index])
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+        # The short batch stays at the end, where the ranks expect it. Its samples are the most costly of their window.
+        short = [batches.pop()] if len(batches[-1]) < size else []
+        return [index for batch in (*(batches[i] for i in random.permutation(len(batches))), *short) for index in batch]

@@ -23,6 +23,8 @@ class Chat(TypedDict):
     """One conversation."""
 
     messages: list[Message]
+    images: NotRequired[list[str]]
+    """SHA-256 of its images, in the order in which they stand in its messages."""
 
 
 IGNORE_INDEX = -100
@@ -37,6 +39,12 @@ class Sample(TypedDict):
     """The token itself where the assistant speaks, ``IGNORE_INDEX`` elsewhere."""
     document_lengths: NotRequired[list[int]]
     """Of a pack, the tokens of each of its samples."""
+    images: NotRequired[list[int]]
+    """Of a model that takes images, the index of each one in the data set's table."""
+    max_sides: NotRequired[list[int | None]]
+    """For each image, the longer side in pixels that it is limited to."""
+    cost: NotRequired[int]
+    """What a rank computes for the sample, in positions: its tokens, and those of the vision tower."""
 
 
 class Batch(TypedDict):

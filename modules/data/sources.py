@@ -20,7 +20,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -111,9 +111,14 @@ def read_chats(source: Source, split: str, skip_bad_rows: bool) -> PlacedChats:
     """
     unused = dict[str, None]()
     chats, places = read_rows(source, split, skip_bad_rows, lambda row: to_chat(row, unused))
+    say_unused(source, unused)
+    return PlacedChats(chats, places)
+
+
+def say_unused(source: Source, unused: Mapping[str, None]) -> None:
+    """Name the columns and fields of a source that are not used."""
     if unused:
         rank_zero_info(f"{source.name}: not used, and without effect on training: {', '.join(unused)}")
-    return PlacedChats(chats, places)
 
 
 def read_rows(
@@ -155,7 +160,7 @@ def open_source(dataset: str | Path, subset: str | None = None) -> Source:
     if subset is not None and (name == DEFAULT_DATASET or path.is_file()):
         raise ValueError(f"{name} has no subsets; leave --subset out")
     if name == DEFAULT_DATASET:
-        return Source(name, {"train": lambda: _numbered(stdlib_api_cards())})
+        return Source(name, {"train": lambda: numbered(stdlib_api_cards())})
     if path.is_file() and reader is None:
         raise ValueError(f"{name}: unknown file type {path.suffix!r}; known are {_KNOWN} and, of text files, .gz")
     if reader is not None and not path.is_dir():
@@ -182,7 +187,7 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
         raise ValueError(
             f"{path}: holds a JSON {type(rows).__name__}, not a list of rows; one object per line is .jsonl"
         )
-    yield from _numbered(rows)
+    yield from numbered(rows)
 
 
 def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
@@ -267,7 +272,8 @@ def _read_text(path: Path, read: Callable[[], str]) -> str:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _numbered(rows: Any) -> Iterator[PlacedRow]:
+def numbered(rows: Iterable[object]) -> Iterator[PlacedRow]:
+    """Rows with their numbers, from 1 on."""
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row
 
@@ -298,6 +304,12 @@ def _open_with_datasets(name: str, subset: str | None) -> Source:
     splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return Source(
         name,
-        {split: functools.partial(_numbered, rows) for split, rows in splits.items()},
-        read_part=None if saved else lambda split: _numbered(load(split)),
+        {split: functools.partial(_read_table, rows) for split, rows in splits.items()},
+        read_part=None if saved else lambda split: _read_table(load(split)),
     )
+
+
+def _read_table(rows: Any) -> Iterator[PlacedRow]:
+    """The rows of a data set as they are stored: images stay the bytes of their files."""
+    batches = rows.with_format("arrow").iter(100)
+    yield from numbered(row for batch in batches for row in batch.to_pylist())

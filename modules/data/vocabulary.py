@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -11,8 +11,9 @@ from .samples import Sample
 
 
 def choose_pad_token_id(
-    tokenizer: PreTrainedTokenizerBase, *, pad_token: str | None = None, vocab_size: int | None = None
-) -> int:
+    tokenizer: PreTrainedTokenizerBase, *, pad_token: str | None = None, vocab_size: int | None = None,
+    taken: Collection[int] = (),
+) -> int:  # fmt: skip
     """Return the id to pad with: the tokenizer's pad token, or another special token where that one cannot be taken.
 
     A pad token that ends texts as well is not taken: code that finds the end of a sample by its padding would hide the
@@ -22,6 +23,7 @@ def choose_pad_token_id(
         tokenizer: The model's.
         pad_token: The token to take, whatever the tokenizer says.
         vocab_size: Rows of the model's embedding; ``None`` if not known.
+        taken: Tokens that mean something else to the model, such as those that stand for images.
 
     Raises:
         ValueError: If ``pad_token`` cannot be taken, or the vocabulary has no special token to spare.
@@ -34,15 +36,17 @@ def choose_pad_token_id(
             raise ValueError(f"--pad_token {pad_token!r} is not a token of the vocabulary")
         if vocabulary[pad_token] == eos:
             raise ValueError(f"--pad_token {pad_token!r} is the token that ends texts; take another one")
+        if vocabulary[pad_token] in taken:
+            raise ValueError(f"--pad_token {pad_token!r} stands for something else in this model; take another one")
         if vocabulary[pad_token] >= limit:
             raise ValueError(
                 f"--pad_token {pad_token!r} has id {vocabulary[pad_token]}, but the model's embedding has {limit} rows"
             )
         return int(vocabulary[pad_token])
     own = tokenizer.pad_token_id
-    if own is not None and own != eos and own < limit:
+    if own is not None and own != eos and own < limit and own not in taken:
         return int(own)
-    in_use = {eos, tokenizer.bos_token_id}
+    in_use = {eos, tokenizer.bos_token_id, *taken}
     spare = {token: i for token, i in tokenizer.get_added_vocab().items() if i not in in_use and i < limit}
     candidates = [token for token in spare if "pad" in token.lower()]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in in_use and tokenizer.unk_token_id < limit:
@@ -52,7 +56,7 @@ def choose_pad_token_id(
     if own is not None and own >= limit:
         why = f"has id {own}, past the {limit} rows of the model's embedding"
     else:
-        why = "is None or ends texts"
+        why = "stands for an image" if own in taken else "is None or ends texts"
     if not candidates:
         raise ValueError(
             f"the tokenizer's pad token {tokenizer.pad_token!r} {why}, and no other token is free for it; name a token "

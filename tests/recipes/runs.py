@@ -112,14 +112,16 @@ class Run:
             assert line is not None, f"it ended before that:\n{self.text}"
 
 
-def run_here(flags: Flags) -> int:
+def run_here(flags: Flags, recipe: str = "fsdp2_qlora") -> int:
     """The recipe in this process, which is a rank of a pool."""
-    return run_recipe(recipe_module("fsdp2_qlora").main, arguments(flags))
+    return run_recipe(recipe_module(recipe).main, arguments(flags))
 
 
-def train_in_pool(ranks: RankPools, devices: int, flags: Flags, timeout: float = 120) -> Report:
+def train_in_pool(
+    ranks: RankPools, devices: int, flags: Flags, timeout: float = 120, recipe: str = "fsdp2_qlora"
+) -> Report:
     """Run to the end as ``Run`` does, to the last bit, but without the half minute in which its processes start."""
-    assert ranks.run(devices, "cpu", run_here, flags, timeout=timeout) == [0] * devices
+    assert ranks.run(devices, "cpu", run_here, flags, recipe, timeout=timeout) == [0] * devices
     return completed(flags)
 
 

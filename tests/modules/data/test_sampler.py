@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from lightning_qlora.modules.data.sampler import GlobalBatchSampler
+from lightning_qlora.modules.data.sampler import CostGroupedSampler, GlobalBatchSampler
 from tests.chats import numbered
 
 
@@ -82,3 +82,44 @@ def test_start_batch_applies_to_one_iteration():
 def test_senseless_sampler_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GlobalBatchSampler(numbered(3), **({"batch_size": 1, "num_replicas": 2, "rank": 0} | arguments))
+
+
+def grouped(costs: list[int], batch_size: int, world_size: int, rank: int, **options: int) -> CostGroupedSampler:
+    return CostGroupedSampler(
+        range(len(costs)), costs, batch_size=batch_size, num_replicas=world_size, rank=rank, **options
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    costs=st.lists(st.integers(1, 9), min_size=1, max_size=60), batch_size=st.integers(1, 4), epoch=st.integers(0, 2)
+)
+def test_grouped_samples_are_each_there_once_and_the_same_on_any_number_of_ranks(costs, batch_size, epoch):
+    single = grouped(costs, 2 * batch_size, 1, 0, window=3)
+    pair = [grouped(costs, batch_size, 2, rank, window=3) for rank in (0, 1)]
+    for sampler in (single, *pair):
+        sampler.set_epoch(epoch)
+    order, (first, second) = list(single), map(list, pair)
+    assert sorted(order) == list(range(len(costs)))
+    whole = len(costs) // (2 * batch_size) * 2 * batch_size
+    assert [index for both in zip(first, second, strict=False) for index in both][:whole] == order[:whole]
+    single.start_batch = 1
+    assert list(single) == order[2 * batch_size :]
+
+
+def test_batches_hold_samples_of_about_equal_cost():
+    """Half of the samples have an image: hardly a batch mixes them with the others, and no epoch repeats a batch."""
+    costs = [1000 if index % 2 else 10 for index in range(256)]
+    epochs = []
+    for epoch in (0, 1):
+        sampler = grouped(costs, 4, 2, 0)
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        batches = [[costs[index] for index in order[start : start + 4]] for start in range(0, len(order), 4)]
+        assert sum(len(set(batch)) > 1 for batch in batches) <= 1
+        kinds = [batch[0] for batch in batches]
+        assert kinds != sorted(kinds)
+        epochs.append({frozenset(order[start : start + 4]) for start in range(0, len(order), 4)})
+    assert not epochs[0] & epochs[1]
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        grouped(costs, 4, 2, 0, window=0)
