@@ -61,6 +61,8 @@ from lightning_qlora.modules.training.run_directory import RunDirectory
 from lightning_qlora.modules.training.run_plan import plan_run
 from lightning_qlora.modules.training.tool_call_metrics import MISTAKES, ToolCallMetric, mistake_of
 
+_NAMES = {"functions": "of the right functions"}
+
 
 def evaluate(module: QLoRACausalLM, data: ChatDataModule, max_new_tokens: int, batch_size: int) -> dict[str, Any]:
     """Figures of the held-out requests, in the form that ``ToolCallReport`` takes."""
@@ -74,7 +76,8 @@ def evaluate(module: QLoRACausalLM, data: ChatDataModule, max_new_tokens: int, b
     for outcome in outcomes:
         metric.update(outcome.calls, outcome.request.expected, outcome.request.tools)
     counts = dict(zip(MISTAKES, metric.mistakes.tolist(), strict=True))
-    figures = {f"{name} calls": float(share) for name, share in metric.compute().items()}
+    shares = {name: float(share) for name, share in metric.compute().items()}
+    figures = {f"calls {_NAMES.get(name, name)}": share for name, share in shares.items()}
     if functions is not None:
         figures["final answers right"] = sum(outcome.is_right for outcome in outcomes) / len(outcomes)
     examples = [
