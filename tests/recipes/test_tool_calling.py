@@ -19,36 +19,45 @@ PICK = {"name": "pick", "description": "p", "parameters": {"properties": {"n": {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every request has the same call, so that a tiny model learns to write it."""
+    """Questions with one call each, and one in four that no tool fits."""
     called = {"role": "assistant", "tool_calls": [{"name": "pick", "arguments": '{"n": 1}'}]}
-    rows = [{"tools": [PICK], "messages": [*chat("x" * (i % 5) + f"{i}?")["messages"], called]} for i in range(40)]
+    answers = [called, called, called, {"role": "assistant", "content": "no"}]
+    rows = [
+        {"tools": [PICK], "messages": [*chat("x" * (i % 5) + f"{i}?")["messages"], answers[i % 4]]} for i in range(40)
+    ]
     path = tmp_path_factory.mktemp("tools") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_calls_are_learned_evaluated_and_reported(dataset, tiny_llama_dir, tmp_path, capsys):
+def test_requests_are_evaluated_before_and_after_and_the_template_goes_with_the_adapter(
+    dataset, tiny_llama_dir, tmp_path, capsys
+):
     recipe = recipe_module("tool_calling")
     output = tmp_path / "run"
     flags: dict[str, Any] = {
-        "model": str(tiny_llama_dir), "dataset": str(dataset), "output_dir": output, "max_steps": 30, "lr": 1e-2,
-        "batch_size": 8, "seq_len": 256, "lora_r": 16, "packing": False, "val_samples": 3, "precision": "32-true",
-        "max_new_tokens": 90, "answer_batch": 2,
+        "model": str(tiny_llama_dir), "dataset": str(dataset), "output_dir": output, "max_steps": 4, "lr": 1e-2,
+        "batch_size": 4, "seq_len": 256, "lora_r": 8, "packing": False, "val_samples": 4, "precision": "32-true",
+        "max_new_tokens": 8, "answer_batch": 3,
     }  # fmt: skip
     assert call(recipe, **{**flags, "dry_run": True}) == 0
     assert not output.exists()
     assert call(recipe, **flags) == 0
-    section = load_report(output / "report.json")["sections"]["tool_calls"]
-    assert section["before"]["figures"]["calls exact"] == 0
-    assert section["after"]["requests"] == 3
-    kinds = ("exact", "of the right functions", "valid", "readable")
-    assert section["after"]["figures"] == {f"calls {name}": 1 for name in kinds}
-    written = '<tool_call>{"name": "pick", "arguments": {"n": 1}}</tool_call>'
-    assert [example["written"] for example in section["after"]["examples"]] == [[written]] * 3
-    assert "3 held-out requests" in capsys.readouterr().out
+    report = load_report(output / "report.json")
+    assert report["losses"][-1] < report["losses"][0]
+    section = report["sections"]["tool_calls"]
+    for stage in (section["before"], section["after"]):
+        assert (stage["requests"], len(stage["examples"])) == (4, 4)
+        assert {*stage["figures"]} == {
+            "calls exact", "calls of the right functions", "calls valid", "calls readable",
+        }  # fmt: skip
+        wrong = sum(stage["mistakes"].values())
+        assert stage["figures"]["calls exact"] == (4 - wrong) / 4
+        assert sum(not example["right"] for example in stage["examples"]) == wrong
+        assert all(len(example["written"]) == 1 for example in stage["examples"])  # nothing is run: these are no tools
+    assert "4 held-out requests" in capsys.readouterr().out
     # Who loads the adapter writes tools as in training.
-    trained = ChatFormat.of(tiny_llama_dir, output / "adapter").tokenizer
-    assert tool_format(trained).name == "hermes"
+    assert tool_format(ChatFormat.of(tiny_llama_dir, output / "adapter").tokenizer).name == "hermes"
 
 
 def test_data_without_tools_are_sent_to_the_ordinary_recipe(tiny_llama_dir, write_chats, tmp_path):
