@@ -58,7 +58,8 @@ class Outcome:
 def requests_of(chats: Sequence[Chat]) -> list[ToolRequest]:
     """The requests in chats with tools: each turn with calls, and of a chat without any call its first turn."""
     found = []
-    for chat in chats:
+    # A chat is there once per sample, of which it has several where its template rewrites earlier turns.
+    for chat in {id(chat): chat for chat in chats}.values():
         if "tools" not in chat:
             continue
         messages = chat["messages"]

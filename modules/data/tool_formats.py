@@ -57,7 +57,9 @@ _PYTHON_TAG = "<|python_tag|>"
 
 def _parse_hermes(text: str) -> ParsedTurn:
     text = _THOUGHT.sub("", text, count=1)
-    contents, calls, position = [], [], 0
+    contents: list[str] = []
+    calls: list[dict[str, Any]] = []
+    position = 0
     while (start := text.find(_OPEN, position)) >= 0:
         contents.append(text[position:start])
         value, end = _object(text, start + len(_OPEN))
@@ -75,7 +77,8 @@ def _parse_llama3(text: str) -> ParsedTurn:
     body = text.removeprefix(_PYTHON_TAG).strip()
     if not body.startswith("{"):
         return ParsedTurn(text, [])
-    calls, position = [], 0
+    calls: list[dict[str, Any]] = []
+    position = 0
     while position < len(body):
         value, end = _object(body, position)
         if not calls and not ("name" in value and ("parameters" in value or "arguments" in value)):
@@ -142,18 +145,20 @@ def with_tools(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer itself if its chat template writes tools, else a copy whose template does; which is said.
 
     Raises:
-        ValueError: If the template takes the tools neither in a system prompt nor in the user's turn.
+        ValueError: If the template takes the tools neither in a system prompt nor in the user's turn, or as
+            :func:`tool_format`.
     """
     own = tokenizer.chat_template
     if not own:
         return tokenizer  # is refused where chats are written
+    if isinstance(own, str) and _writes_tools(tokenizer):
+        tool_format(tokenizer)
+        return tokenizer
     changed = copy.deepcopy(tokenizer)
     if isinstance(own, Mapping):
         changed.chat_template = own.get("tool_use") or own["default"]
         rank_zero_info(f"The tokenizer has the chat templates {', '.join(own)}: with tools, {'tool_use'!r} is taken.")
         return with_tools(changed)
-    if _writes_tools(tokenizer):
-        return tokenizer
     for place in ("system", "user"):
         changed.chat_template = _before(own, place)
         if _writes_tools(changed):

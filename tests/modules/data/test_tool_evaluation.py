@@ -90,6 +90,7 @@ def test_requests_are_the_turns_with_calls_and_first_turns_where_nothing_fits(ro
     (nothing,) = requests_of([{"tools": row["tools"], **chat("q", "None fits.", "r", "a")}])
     assert (nothing.expected, nothing.results, len(nothing.messages)) == ([], [], 1)
     assert requests_of([chat("q", "a")]) == []
+    assert len(requests_of([row, row])) == 1  # as of templates that make each turn a sample of its own
     first, second = requests_of([{"tools": row["tools"], "messages": [*row["messages"][:-1], *row["messages"]]}])
     assert first.results == []  # the user speaks next, so no answer to these results is known
     assert len(second.messages) == len(row["messages"])
