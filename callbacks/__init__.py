@@ -28,6 +28,7 @@ from .progress import LossProgress
 from .report import ReportSource, RunReport, write_html
 from .report_schema import Report, load_report
 from .throughput_report import ThroughputReport, ThroughputSection
+from .tool_call_report import ToolCallReport
 
 __all__ = [
     "ClassificationReport",
@@ -47,6 +48,7 @@ __all__ = [
     "StepCheckpoint",
     "ThroughputReport",
     "ThroughputSection",
+    "ToolCallReport",
     "load_report",
     "write_html",
 ]

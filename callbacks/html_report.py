@@ -295,12 +295,38 @@ def _confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Marku
     return _table(["true / predicted", *classes], rows)
 
 
+def _tool_calls(section: Mapping[str, Any]) -> Markup:
+    stages = {name: section[name] for name in ("before", "after") if section[name] is not None}
+    shares = [
+        [name, *("" if (share := stage["figures"][name]) is None else f"{share:.1%}" for stage in stages.values())]
+        for name in section["before"]["figures"]
+    ]
+    count = section["before"]["requests"]
+    body = Markup("<p>Shares of {} held-out requests.</p>").format(count) + _table(["", *stages], shares)
+    mistakes = [
+        [name, *(stage["mistakes"][name] for stage in stages.values())] for name in section["before"]["mistakes"]
+    ]
+    body += Markup("<h3>Requests by their first mistake</h3>") + _table(["", *stages], mistakes)
+    body += Markup("<h3>Examples</h3>")
+    examples = zip(*(stage["examples"] for stage in stages.values()), strict=True)
+    for both in examples:
+        body += Markup("<p>{}</p>").format(both[0]["request"])
+        rows = [["the data", _code(both[0]["expected"])]]
+        rows += [
+            [f"{name}, {'right' if example['right'] else 'wrong'}", Markup("<br>").join(map(_code, example["written"]))]
+            for name, example in zip(stages, both, strict=True)
+        ]
+        body += _table(["", "turns"], rows)
+    return body
+
+
 _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {
     "throughput": _throughput,
     "memory": _memory,
     "compile": _compile,
     "data": _data,
     "classification": _classification,
+    "tool_calls": _tool_calls,
 }
 
 

@@ -69,7 +69,7 @@ def tokenize_chats(
     rendered: list[tuple[int, RenderedChat]] = []
     for index, chat in enumerate(chats):
         try:
-            rendered += [(index, text) for text in renderer.render(chat["messages"])]
+            rendered += [(index, text) for text in renderer.render(chat["messages"], chat.get("tools", ()))]
         except ValueError as error:
             bad.add(places[index], error)
     # The templates write every special token themselves, the one that opens the text included.

@@ -39,6 +39,7 @@ from .rendering import date_parts
 from .resumable import ResumableDataModule, digests, smallest
 from .samples import Chat, Collator, Sample
 from .sources import PlacedChats, Source, open_source, read_chats
+from .tool_formats import with_tools
 from .vocabulary import check_token_ids, choose_pad_token_id
 
 
@@ -77,7 +78,8 @@ class ChatDataModule(ResumableDataModule):
 
     Args:
         tokenizer: A fast tokenizer, or a directory or hub name that has one. It is not changed: with another chat
-            template, :attr:`tokenizer` is a copy.
+            template, :attr:`tokenizer` is a copy. So it is where chats have tools and the template ignores them: see
+            :func:`~lightning_qlora.modules.data.tool_formats.with_tools`.
         dataset: Anything :func:`load_chats` reads; or
             :class:`~lightning_qlora.modules.data.options.DataOptions`, which also say what to validate on, what to
             train of a chat, and how to write it.
@@ -250,6 +252,8 @@ class ChatDataModule(ResumableDataModule):
         return train, val
 
     def _tokenize(self, source: Source, read: PlacedChats) -> Part:
+        if any("tools" in chat for chat in read.chats):
+            self.tokenizer = with_tools(self.tokenizer)
         tokenized = tokenize_chats(
             self.tokenizer, read.chats, self.seq_len, train_on=self.options.train_on, date=self.date,
             places=read.places, bad=BadRows(source.name, self.options.skip_bad_rows),
@@ -317,11 +321,11 @@ class ChatDataModule(ResumableDataModule):
             self._write_date(self.trainer.strategy.broadcast(self.date))
 
     def example(self) -> tuple[str, str] | None:
-        """Return the last question and answer of the first held-out chat; ``None`` if nothing is held out."""
+        """Return the last question and answer of the first held-out chat without tools; ``None`` if there is none."""
         self.load()
         for chat in self.val_chats:
             for answer, question in pairwise(chat["messages"][::-1]):
-                if (answer["role"], question["role"]) == ("assistant", "user"):
+                if (answer["role"], question["role"]) == ("assistant", "user") and "tools" not in chat:
                     return question["content"], answer["content"]
         return None
 

@@ -20,7 +20,11 @@ assistant (gpt, chatgpt, bing, bard, model) and tool (observation, function, fun
 or a list of text parts (``{"type": "text", "text": ...}``). An assistant message may have ``reasoning_content`` (also
 ``reasoning`` or ``thinking``), and ``weight`` (0 or 1) or ``train``, which say whether it is trained.
 
-Tool definitions and calls are refused. Every other column is named as not used.
+Every format may have ``tools`` (also ``functions``), which the assistant may call: see
+:mod:`~lightning_qlora.modules.data.tool_schemas`. An assistant message may have ``tool_calls`` (also
+``function_call``), as in :mod:`~lightning_qlora.modules.data.tool_calls`; a message of the role ``function_call`` is a
+call as JSON text. A tool message may have ``tool_call_id`` and ``name``; a result that is an object is written as JSON.
+Every other column is named as not used.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .samples import Chat, Message, Role
+from .tool_calls import check_conversation, read_calls
+from .tool_schemas import read_tools
 
 Row = Mapping[str, Any]
 
@@ -111,7 +117,7 @@ FORMATS = (
 #: Columns that every format understands.
 _SYSTEM = ("system", "system_prompt")
 
-#: Columns that belong in the prompt and that no format can put there.
+#: Columns with what the assistant may call, which every format may have.
 _TOOLS = ("tools", "functions")
 
 _ROLES: dict[str, Role] = {
@@ -121,6 +127,9 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
 }
+
+#: ShareGPT's role of an assistant's turn that is a call.
+_CALL_ROLE = "function_call"
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -147,12 +156,8 @@ def to_chat(row: object, unused: dict[str, None]) -> Chat:
         raise ValueError(f"found the fields {sorted(map(str, row))}, but a row needs one of: {known}")
     # A data set of several formats has all their columns in each row, those of the others empty.
     row_format = next((f for f in found if not any(row[column] is None for column in f.required)), found[0])
-    if tools := [column for column in _TOOLS if row.get(column)]:
-        raise ValueError(
-            f"{tools[0]!r} holds tool definitions, which would not be in the prompt; write them into the system "
-            "message, or remove the column"
-        )
-    used = (*row_format.required, *row_format.optional, *_SYSTEM)
+    tools = next((read_tools(row[column], column) for column in _TOOLS if row.get(column)), [])
+    used = (*row_format.required, *row_format.optional, *_SYSTEM, *_TOOLS)
     unused.update(
         (f"column {column!r}", None) for column in row if column not in used and _holds_something(row[column])
     )
@@ -162,7 +167,8 @@ def to_chat(row: object, unused: dict[str, None]) -> Chat:
             raise ValueError("there are two system prompts: a column 'system' and a system message; keep one")
         messages.insert(0, _checked(_message("system", system), 1, unused))
     _check_order(messages)
-    return {"messages": messages}
+    check_conversation(messages, tools, unused)
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 
 
 def _checked(message: object, number: int, unused: dict[str, None]) -> Message:
@@ -171,20 +177,33 @@ def _checked(message: object, number: int, unused: dict[str, None]) -> Message:
         raise ValueError(f"message {number}: expected {{role, content}}, found {message!r:.80}")
     name, role = _either(message, "role", "from"), _role(message)
     if role is None:
-        hint = "; tool calls are not trained here" if name == "function_call" else ""
-        raise ValueError(f"message {number}: unknown role {name!r}; known roles: {', '.join(_ROLES)}{hint}")
+        raise ValueError(f"message {number}: unknown role {name!r}; known roles: {', '.join((*_ROLES, _CALL_ROLE))}")
     where = f"message {number} ({role})"
-    if any(message.get(field) for field in _CALLS):
-        raise ValueError(f"{where}: tool calls are not trained here; remove the row")
-    checked: Message = {"role": role, "content": _content(_either(message, "content", "value"), where)}
-    fields = {*_MESSAGE_FIELDS}
+    content = _either(message, "content", "value")
+    calls = content if name == _CALL_ROLE else next((message[field] for field in _CALLS if message.get(field)), None)
+    if calls and role != "assistant":
+        raise ValueError(f"{where}: has tool_calls, but only the assistant calls tools")
+    if calls and (content is None or name == _CALL_ROLE):
+        content = ""
+    if role == "tool" and isinstance(content, Mapping):
+        content = json.dumps(content, ensure_ascii=False)
+    checked: Message = {"role": role, "content": _content(content, where)}
+    fields = {*_MESSAGE_FIELDS, *_CALLS}
+    if role == "tool":
+        fields |= {"name", "tool_call_id"}
+        if isinstance(message.get("name"), str):
+            checked["name"] = message["name"]
+        if message.get("tool_call_id") is not None:
+            checked["tool_call_id"] = str(message["tool_call_id"])
     if role == "assistant":
         fields |= {*_REASONING, "weight", "train"}
+        if calls:
+            checked["tool_calls"] = read_calls(calls, where)
         if reasoning := next((message[field] for field in _REASONING if message.get(field)), None):
             checked["reasoning_content"] = _content(reasoning, f"{where}, reasoning")
         if not _is_trained(message, where):
             checked["train"] = False
-        elif not checked["content"].strip():
+        elif not checked["content"].strip() and not calls:
             raise ValueError(f"{where}: empty completion, nothing to learn; remove the row")
     for field, value in message.items():
         if field not in fields and _holds_something(value):
@@ -194,6 +213,8 @@ def _checked(message: object, number: int, unused: dict[str, None]) -> Message:
 
 def _role(message: Row) -> Role | None:
     name = _either(message, "role", "from")
+    if name == _CALL_ROLE:
+        return "assistant"
     return _ROLES.get(name.lower()) if isinstance(name, str) else None
 
 

@@ -18,9 +18,11 @@ class DataOptions:
 
     Args:
         dataset: A .json, .jsonl, .ndjson, .csv, .tsv or .parquet file (also .gz), a directory of save_to_disk, the name
-            of a data set on the Hugging Face hub, or stdlib-api-cards, which is made from Python's own documentation.
-            Rows are chats (messages), ShareGPT (conversations), prompt and completion, Alpaca (instruction, input,
-            output), Dolly (instruction, context, response), or question and answer.
+            of a data set on the Hugging Face hub; or stdlib-api-cards, which is made from Python's own documentation,
+            tool-requests, conversations with calls of eight small tools, or bfcl-functions, requests with tools that
+            pip fetches. Rows are chats (messages), ShareGPT (conversations), prompt and completion, Alpaca
+            (instruction, input, output), Dolly (instruction, context, response), or question and answer; all may have
+            tools.
         subset: Subset (configuration) of a data set on the hub.
         split: Split to train on, or a part of one, such as train[:10%].
         val_dataset: Data to validate on, like dataset; used whole. Default: the split validation of dataset, or else

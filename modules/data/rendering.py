@@ -3,7 +3,8 @@
 A template is a program: it may trim contents, move the system prompt, leave out earlier thoughts, write the date, or
 open a thought in the prompt that it gives for generation. So nothing is assumed of it. Every message must be found in
 what it wrote, and a turn is trained from where generation begins (the generation prompt) to the token that ends it;
-what does not come out like this is an error that names the cause.
+what does not come out like this is an error that names the cause. Calls of tools are read back from what the template
+wrote, and must be those of the data.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .samples import Message
+from .tool_calls import for_template
+from .tool_formats import ToolFormat, tool_format
+from .tool_schemas import Tool
 
 TrainOn = Literal["all", "last"]
 
@@ -96,9 +100,39 @@ class ChatRenderer:
             template = f"{macro}\n{template}"
         self._template = template
         self._ignores_generation_prompt: bool | None = None
+        self._tool_format: ToolFormat | None = None
+        self._tools: list[Tool] | None = None  # of the chat that is being written
 
-    def render(self, chat: Sequence[Message]) -> list[RenderedChat]:
+    @property
+    def tool_format(self) -> ToolFormat:
+        """The form in which the template writes calls.
+
+        Raises:
+            ValueError: If it is not known.
+        """
+        if self._tool_format is None:
+            self._tool_format = tool_format(self.tokenizer)
+        return self._tool_format
+
+    def prompt(self, chat: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """The text that generation continues.
+
+        Args:
+            chat: The messages so far.
+            tools: What the assistant may call.
+
+        Raises:
+            ValueError: If the template refuses the chat.
+        """
+        self._tools = list(tools) or None
+        return self._write(chat, header=True)
+
+    def render(self, chat: Sequence[Message], tools: Sequence[Tool] = ()) -> list[RenderedChat]:
         """Write a chat and locate its trained turns.
+
+        Args:
+            chat: The messages.
+            tools: What the assistant may call.
 
         Returns:
             One text with all trained turns. If the template rewrites earlier turns once others follow, as those of
@@ -106,8 +140,9 @@ class ChatRenderer:
 
         Raises:
             ValueError: If the template refuses the chat, leaves out part of it, or writes it so that a trained turn
-                cannot be located.
+                cannot be located, or that calls are not those of the data when they are read back.
         """
+        self._tools = list(tools) or None
         trained = [i for i, message in enumerate(chat) if message["role"] == "assistant" and message.get("train", True)]
         if self.train_on == "last":
             trained = trained[-1:]
@@ -138,11 +173,23 @@ class ChatRenderer:
         if last is None:
             text, last = self._with_thought(messages)
         for position, message in enumerate(messages):
-            if position not in trained and not self._is_written(_as_history(message), text):
+            if position in trained:
+                continue
+            if not self._is_written(_as_history(message), text):
                 raise ValueError(
                     f"message {position + 1} ({message['role']}): the chat template leaves its content out of the "
                     "text; put it into a message of a role that the template writes, or choose another template with "
                     "--chat_template"
+                )
+            if "tool_calls" in message:
+                self._find(messages[: position + 1], self._write(messages[: position + 1]))
+        for tool in self._tools or ():
+            function = tool["function"]
+            parts = (function["name"], function["description"], *function["parameters"]["properties"])
+            if not all(stands_in(part, text) for part in parts):
+                raise ValueError(
+                    f"tool {function['name']}: the chat template leaves it, or part of it, out of the text; choose "
+                    "another template with --chat_template"
                 )
         return RenderedChat(text, [*turns, last], len(messages))
 
@@ -153,7 +200,8 @@ class ChatRenderer:
     def _write(self, messages: Sequence[Message], header: bool = False) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                [{key: value for key, value in message.items() if key != "train"} for message in messages],
+                [for_template(message) for message in messages],
+                tools=self._tools,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=header,
@@ -176,7 +224,13 @@ class ChatRenderer:
             raise ValueError(f"{where}: how the chat template ends this turn depends on its content")
         content_end = len(text) - len(tail)
         written = text[len(begins) : content_end]
-        length = _length_at_end(written, message["content"])
+        length: int | None
+        if "tool_calls" in message:
+            length = content_end - len(before if text.startswith(before) else begins)
+        else:
+            length = _length_at_end(written, message["content"])
+        if self._tools:
+            self._check_calls(message, written if length is None else written[len(written) - length :], where)
         if length is None:
             _, closing, answer = message["content"].rpartition(_END_OF_THOUGHT)
             if closing and _length_at_end(written, answer) is not None:
@@ -206,6 +260,28 @@ class ChatRenderer:
             ] = None
             start = content_end - length
         return Turn(start, content_end, len(text))
+
+    def _check_calls(self, message: Message, written: str, where: str) -> None:
+        """Read a turn back from what the template wrote, and compare it with the data."""
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in message.get("tool_calls", ())]
+        try:
+            parsed = self.tool_format.parse(written)
+        except ValueError as error:
+            raise ValueError(f"{where}: does not survive the chat template: {error}") from error
+        if not calls and parsed.calls:
+            raise ValueError(
+                f"{where}: its content reads as calls of tools ({written!r:.80}); put them into 'tool_calls'"
+            )
+        if _as_json(parsed.calls) != _as_json(calls):
+            raise ValueError(
+                f"{where}: its calls do not survive the chat template: {_as_json(calls):.200} was written as "
+                f"{written!r:.200}, which reads as {_as_json(parsed.calls):.200}"
+            )
+        if calls and _squeezed(parsed.content) != _squeezed(_as_history(message)):
+            raise ValueError(
+                f"{where}: the chat template does not write the content beside its calls ({message['content']!r:.80} "
+                f"became {parsed.content!r:.80}); choose another template with --chat_template, or remove the content"
+            )
 
     def _with_thought(self, messages: Sequence[Message]) -> tuple[str, Turn]:
         """The text of a chat whose last answer has a thought that the template leaves out, and that turn.
@@ -268,6 +344,10 @@ def _length_at_end(written: str, content: str) -> int | None:
             return len(written) - position - 1
         left -= not written[position].isspace()
     return len(written)
+
+
+def _as_json(calls: list[dict[str, Any]]) -> str:
+    return json.dumps(calls, sort_keys=True, ensure_ascii=False)
 
 
 def _squeezed(text: str) -> str:

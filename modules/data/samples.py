@@ -8,11 +8,27 @@ import torch
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+class ToolCall(TypedDict):
+    """A call of a tool by an assistant."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: NotRequired[str]
+    accepted: NotRequired[dict[str, list[Any]]]
+    """For evaluation: by argument the values that are right too; ``""`` among them means that it may be left out."""
+
+
 class Message(TypedDict):
-    """One message of a chat, as chat templates take it."""
+    """One message of a chat."""
 
     role: Role
     content: str
+    tool_calls: NotRequired[list[ToolCall]]
+    """What an assistant calls; the content may be empty then."""
+    tool_call_id: NotRequired[str]
+    """Which call a tool's result belongs to, for templates that write it."""
+    name: NotRequired[str]
+    """The tool that a result is from, for templates that write it."""
     reasoning_content: NotRequired[str]
     """What an assistant thought before it answered, for templates that write it."""
     train: NotRequired[bool]
@@ -25,6 +41,9 @@ class Chat(TypedDict):
     messages: list[Message]
     images: NotRequired[list[str]]
     """SHA-256 of its images, in the order in which they stand in its messages."""
+    tools: NotRequired[list[dict[str, Any]]]
+    """What the assistant may call, each as ``{"type": "function", "function": {"name", "description", "parameters"}}``
+    with a JSON Schema of its arguments, as chat templates take them."""
 
 
 IGNORE_INDEX = -100

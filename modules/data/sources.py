@@ -1,4 +1,4 @@
-"""Where rows come from: the embedded set, files, directories, data sets of a hub.
+"""Where rows come from: the embedded sets, files, directories, data sets of a hub.
 
 | file | holds |
 |---|---|
@@ -28,10 +28,12 @@ from typing import IO, Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from .bfcl import BFCL_FUNCTIONS, bfcl_functions
 from .checks import BadRows
 from .formats import to_chat
 from .samples import Chat
 from .stdlib_docs import stdlib_api_cards
+from .tool_requests import TOOL_REQUESTS, tool_requests
 
 T = TypeVar("T")
 
@@ -157,10 +159,10 @@ def open_source(dataset: str | Path, subset: str | None = None) -> Source:
     """
     name, path = str(dataset), Path(dataset)
     reader = _READERS.get(_suffix(path))
-    if subset is not None and (name == DEFAULT_DATASET or path.is_file()):
+    if subset is not None and (name in _EMBEDDED or path.is_file()):
         raise ValueError(f"{name} has no subsets; leave --subset out")
-    if name == DEFAULT_DATASET:
-        return Source(name, {"train": lambda: numbered(stdlib_api_cards())})
+    if name in _EMBEDDED:
+        return Source(name, _EMBEDDED[name])
     if path.is_file() and reader is None:
         raise ValueError(f"{name}: unknown file type {path.suffix!r}; known are {_KNOWN} and, of text files, .gz")
     if reader is not None and not path.is_dir():
@@ -168,6 +170,24 @@ def open_source(dataset: str | Path, subset: str | None = None) -> Source:
             raise ValueError(f"{name}: no such file; pass a {_KNOWN} file, or {DEFAULT_DATASET!r}")
         return Source(name, {"train": lambda: reader(path)})
     return _open_with_datasets(name, subset)
+
+
+def numbered(rows: Iterable[object]) -> Iterator[PlacedRow]:
+    """Rows with their numbers, from 1 on."""
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def _both(read: Callable[[str], Iterator[PlacedRow]]) -> dict[str, Callable[[], Iterator[PlacedRow]]]:
+    return {split: functools.partial(read, split) for split in ("train", "validation")}
+
+
+#: What needs no file: name and splits.
+_EMBEDDED: dict[str, Mapping[str, Callable[[], Iterator[PlacedRow]]]] = {
+    DEFAULT_DATASET: {"train": lambda: numbered(stdlib_api_cards())},
+    TOOL_REQUESTS: _both(tool_requests),
+    BFCL_FUNCTIONS: _both(bfcl_functions),
+}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -270,12 +290,6 @@ def _read_text(path: Path, read: Callable[[], str]) -> str:
         raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def numbered(rows: Iterable[object]) -> Iterator[PlacedRow]:
-    """Rows with their numbers, from 1 on."""
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------

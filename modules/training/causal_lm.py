@@ -6,6 +6,7 @@ Shapes: B samples, S tokens per sample, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,13 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..checkpoints.chat_format import ChatFormat
+from ..distributed.collectives import gather_objects
 from ..losses.functional import cross_entropy
 from ..models.causal_lm import LanguageModelHead, QLoRAForCausalLM
 from ..models.decoder import Head
 from ..models.options import ComputeOptions
 from .base import QLoRAModule
-from .generation import generate_answer
+from .generation import generate_answer, generate_answers
 
 #: What a batch holds beside the model's inputs: counts, as python ints, so that reading them waits for no device.
 _COUNTS = ("num_tokens", "num_loss_tokens")
@@ -132,3 +134,30 @@ class QLoRACausalLM(QLoRAModule):
             )  # fmt: skip
         self.train(training)
         return text
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
+        """Greedy answers to many prompts, dealt over the ranks, which must all call it together with all prompts.
+
+        Args:
+            prompts: Texts that end where the assistant's turn begins, as a chat template writes them.
+            max_new_tokens: Tokens after which an answer is cut.
+            batch_size: Prompts that a rank answers at once.
+
+        Returns:
+            On all ranks, all answers.
+        """
+        if not prompts:
+            return []
+        share = math.ceil(len(prompts) / self.trainer.world_size)
+        first = self.global_rank * share
+        # As many on each rank, for the ranks of a sharded model compute together: the last ones may do some again.
+        mine = [prompts[index % len(prompts)] for index in range(first, first + share)]
+        training = self.training
+        self.eval()
+        with self.trainer.precision_plugin.forward_context():
+            chat_format = self.chat_format or ChatFormat.of(self.model_dir)
+            texts = generate_answers(
+                self._model, chat_format, mine, device=self.device, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
+        self.train(training)
+        return [text for part in gather_objects(texts) for text in part][: len(prompts)]

@@ -9,6 +9,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoints.chat_format import ChatFormat
+from ..distributed.collectives import is_distributed
 
 
 @torch.no_grad()
@@ -49,3 +50,51 @@ def generate_answer(
     )  # fmt: skip
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    chat_format: ChatFormat,
+    prompts: Sequence[str],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The greedy answers of ``model``, which is in eval mode, to many prompts.
+
+    Args:
+        model: A causal language model of transformers. All ranks of a sharded one must call this together, with as many
+            prompts each.
+        chat_format: Its tokenizer, and where it stops.
+        prompts: Texts that end where the assistant's turn begins, with all special tokens.
+        device: Where it computes.
+        max_new_tokens: Tokens after which an answer is cut.
+        batch_size: Prompts that are answered at once; those of similar length go together.
+
+    Returns:
+        The texts, without special tokens.
+    """
+    tokenizer = chat_format.tokenizer
+    pad = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )  # the mask tells it apart
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(ids[index]) for index in batch)
+        padded = [[pad] * (longest - len(ids[index])) + ids[index] for index in batch]
+        mask = [[0] * (longest - len(ids[index])) + [1] * len(ids[index]) for index in batch]
+        tokens = model.generate(
+            input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device),
+            do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens, pad_token_id=pad,
+            eos_token_id=list(chat_format.stops) or None,
+            synced_gpus=is_distributed(),  # a sharded model's ranks must make the same number of forwards
+        )  # fmt: skip
+        for index, row in zip(batch, tokens[:, longest:], strict=True):
+            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[index] = str(text).strip()
+    return answers
