@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template import tokenize_chats
 from .checks import BadRows, refuse_changes, require_at_least
 from .collators import ChatCollator, PackedCollator, join_samples
-from .dataset import ChatDataset
+from .dataset import ChatDataset, SampleDataset
 from .named_templates import read_chat_template
 from .options import DataOptions
 from .packing import pack_samples
@@ -38,25 +38,25 @@ from .preview import SamplePreview, print_previews
 from .rendering import date_parts
 from .resumable import ResumableDataModule, digests, smallest
 from .samples import Chat, Collator, Sample
-from .sources import PlacedChats, Source, open_source, read_chats
+from .sources import Placed, Source, open_source, read_chats
 from .vocabulary import check_token_ids, choose_pad_token_id
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """Samples to train or to validate on, each with its chat."""
 
-    samples: list[Sample]
-    chats: list[Chat]
+    samples: list[Any]
+    chats: list[Any]
     num_truncated: int = 0
     num_dropped: int = 0
     turn_ends: tuple[int, ...] = ()
     origin: str = "held out"
     """Of validation samples: where they are from."""
 
-    def only(self, chosen: Sequence[bool]) -> "_Part":
+    def only(self, chosen: Sequence[bool]) -> "Part":
         """Those that are chosen, without the counts."""
-        return _Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
+        return Part([*compress(self.samples, chosen)], [*compress(self.chats, chosen)])
 
 
 class ChatDataModule(ResumableDataModule):
@@ -179,13 +179,12 @@ class ChatDataModule(ResumableDataModule):
         pad_token_id = choose_pad_token_id(self.tokenizer, pad_token=self.options.pad_token, vocab_size=self.vocab_size)
         self.date = date_parts(self.tokenizer.get_chat_template()) if self.tokenizer.chat_template else {}
         train, val = self._read()
-        self.val_set = ChatDataset([], pad_token_id)
-        self.train_set = ChatDataset([], pad_token_id)
+        self.val_set, self.train_set = self._empty_set(pad_token_id), self._empty_set(pad_token_id)
         self._hold(train, val)
-        collator = PackedCollator if self.packing else ChatCollator
-        self.collator = self.collate_fn or collator(pad_token_id, self.pad_to_multiple_of)
+        self.collator = self.collate_fn or self._own_collator(pad_token_id)
         rank_zero_info(self._summary(val.origin))
-        longest = max(len(sample["input_ids"]) for sample in (*train.samples, *val.samples))
+        samples = [*train.samples, *val.samples]
+        longest = max(max(sample.get("document_lengths", [len(sample["input_ids"])])) for sample in samples)
         if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
             rank_zero_warn(
                 f"The longest sample has {longest} tokens, but the model's config.json says "
@@ -195,22 +194,47 @@ class ChatDataModule(ResumableDataModule):
         self.previews = [SamplePreview.of(each, self.tokenizer) for each in train.samples[: self.options.show_samples]]
         rank_zero_only(print_previews)(self.previews)
 
-    def _read(self) -> tuple[_Part, _Part]:
+    # What a subclass with other rows (data/preference.py) defines anew:
+
+    def _open(self, dataset: str, subset: str | None = None) -> Source:
+        return open_source(dataset, subset)
+
+    def _read_rows(self, source: Source, split: str) -> Placed[Any]:
+        return read_chats(source, split, self.options.skip_bad_rows)
+
+    def _empty_set(self, pad_token_id: int) -> SampleDataset:
+        return ChatDataset([], pad_token_id)
+
+    def _own_collator(self, pad_token_id: int) -> Collator:
+        collator = PackedCollator if self.packing else ChatCollator
+        return collator(pad_token_id, self.pad_to_multiple_of)
+
+    def _to_rows(self, train: list[Any], val: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What the data sets hold of these samples, packed if they shall be."""
+        if not self.packing:
+            return train, val
+        rows, val_rows = pack_chats(train, self.seq_len), pack_chats(val, self.seq_len)
+        self.fill = sum(len(pack["input_ids"]) for pack in rows) / (len(rows) * self.seq_len)
+        return rows, val_rows
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> tuple[Part, Part]:
         """Read and tokenize what to train and what to validate on."""
         options = self.options
-        source = open_source(options.dataset, options.subset)
-        train = self._tokenize(source, read_chats(source, options.split, options.skip_bad_rows))
+        source = self._open(options.dataset, options.subset)
+        train = self._tokenize(source, self._read_rows(source, options.split))
         if options.val_dataset is not None:
-            other = open_source(options.val_dataset)
+            other = self._open(options.val_dataset)
             split = next(split for split in ("validation", "train", *other.splits) if split in other.splits)
-            val = self._tokenize(other, read_chats(other, split, options.skip_bad_rows))
+            val = self._tokenize(other, self._read_rows(other, split))
             val = dataclasses.replace(val, origin=f"of {other.name} to validate on")
         elif "validation" in source.splits and options.split != "validation" and options.val_samples:
-            read = read_chats(source, "validation", options.skip_bad_rows)
-            chosen = smallest(read.chats, min(options.val_samples, len(read.chats)))
+            read = self._read_rows(source, "validation")
+            chosen = smallest(read.rows, min(options.val_samples, len(read.rows)))
             val = self._tokenize(source, read.only(chosen))
             val = dataclasses.replace(
-                val, origin=f"to validate on, of the {len(read.chats)} rows of its split validation"
+                val, origin=f"to validate on, of the {len(read.rows)} rows of its split validation"
             )
         else:
             most = min(options.val_samples, len(train.samples) // 10)
@@ -232,19 +256,19 @@ class ChatDataModule(ResumableDataModule):
             )
         return train, val
 
-    def _tokenize(self, source: Source, read: PlacedChats) -> _Part:
+    def _tokenize(self, source: Source, read: Placed[Any]) -> Part:
         tokenized = tokenize_chats(
-            self.tokenizer, read.chats, self.seq_len, train_on=self.options.train_on, date=self.date,
+            self.tokenizer, read.rows, self.seq_len, train_on=self.options.train_on, date=self.date,
             places=read.places, bad=BadRows(source.name, self.options.skip_bad_rows),
         )  # fmt: skip
         if self.vocab_size is not None:
             check_token_ids(tokenized.samples, self.tokenizer, self.vocab_size)
-        chats = [read.chats[index] for index in tokenized.kept]
-        return _Part(
+        chats = [read.rows[index] for index in tokenized.kept]
+        return Part(
             tokenized.samples, chats, tokenized.num_truncated, tokenized.num_dropped, tokenized.turn_ends
         )  # fmt: skip
 
-    def _hold(self, train: _Part, val: _Part) -> None:
+    def _hold(self, train: Part, val: Part) -> None:
         """Put samples into the data sets, which loaders may have already, and note what is known of them."""
         train_set, val_set = self._loaded()
         self.val_chats = val.chats
@@ -252,10 +276,7 @@ class ChatDataModule(ResumableDataModule):
         self.num_truncated = train.num_truncated + val.num_truncated
         self.num_train, self.num_val = len(train.samples), len(val.samples)
         self.turn_ends = train.turn_ends
-        rows, val_rows = train.samples, val.samples
-        if self.packing:
-            rows, val_rows = _pack(rows, self.seq_len), _pack(val_rows, self.seq_len)
-            self.fill = sum(len(pack["input_ids"]) for pack in rows) / (len(rows) * self.seq_len)
+        rows, val_rows = self._to_rows(train.samples, val.samples)
         self.fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         train_set.replace(rows)
         val_set.replace(val_rows)
@@ -334,6 +355,7 @@ class ChatDataModule(ResumableDataModule):
         return text
 
 
-def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+def pack_chats(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+    """Rows of at most ``seq_len`` tokens that hold all of these samples."""
     packs = pack_samples([len(sample["input_ids"]) for sample in samples], seq_len)
     return [join_samples(samples[index] for index in pack) for pack in packs]

@@ -47,7 +47,8 @@ class QLoRAForCausalLM(QLoRADecoder):
     ) -> CausalLMOutputWithPast:
         """As transformers' forward, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
 
-        The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean.
+        The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean; if
+        the head's ``reduction`` is ``"none"``, it is [B, S], the value at a position being that of the token *after* it.
         ``num_loss_tokens`` is how many of ``labels[:, 1:]`` count: given it, the host need not wait for the device.
         ``loss_inputs`` are what the head's loss takes after the labels, each [B, S, ...]: the value at a position
         belongs to the token at that position, as its label does.
@@ -88,9 +89,11 @@ class QLoRAForCausalLM(QLoRADecoder):
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         more = [value.roll(-1, dims=1) for value in loss_inputs]
         total = self.lm_head(outputs.last_hidden_state, targets, *more, num_tokens=num_loss_tokens)
-        count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if self.lm_head.reduction == "sum":
+            count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            total = total / count
         return CausalLMOutputWithPast(
-            loss=total / count, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=total, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
     def tie_head(self) -> None:
