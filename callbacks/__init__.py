@@ -23,6 +23,7 @@ from .classification_report import ClassificationReport
 from .compile_report import CompileReport, CompileReportError, CompileSection
 from .graceful_stop import GracefulStop
 from .memory_report import MemoryReport, MemorySection
+from .preference_report import PreferenceReport
 from .progress import LossProgress
 from .report import ReportSource, RunReport, write_html
 from .report_schema import Report, load_report
@@ -38,6 +39,7 @@ __all__ = [
     "LossProgress",
     "MemoryReport",
     "MemorySection",
+    "PreferenceReport",
     "Report",
     "ReportSource",
     "RunReport",
