@@ -15,6 +15,8 @@ from typing_extensions import override
 class CompareAnswers(Callback):
     """Prints ``pl_module.answer(prompt)`` for each prompt when training starts, and again beside it when it ends.
 
+    A module that has ``answers(prompts, max_new_tokens)`` too makes them all in one batch.
+
     The answers before training are part of every checkpoint, so that a resumed run still shows the untrained model's.
     All ranks call ``answer`` together; rank 0 prints.
 
@@ -87,6 +89,8 @@ class CompareAnswers(Callback):
         self._show("after training", self.after)
 
     def _ask(self, pl_module: Any) -> list[str]:
+        if self.prompts and callable(getattr(pl_module, "answers", None)):
+            return list(pl_module.answers(self.prompts, self.max_new_tokens))
         return [pl_module.answer(prompt, self.max_new_tokens) for prompt in self.prompts]
 
     @rank_zero_only

@@ -67,9 +67,8 @@ def _pair(row: Mapping[str, Any], unused: dict[str, None]) -> Preference:
     if chosen == rejected:
         raise ValueError("'chosen' and 'rejected' are equal: nothing is preferred")
     prompt = row.get("prompt")
-    # Some data sets repeat the last question as a text beside whole chats.
-    is_explicit = prompt is not None and (is_list(prompt) or not is_list(chosen))
-    if not is_explicit:
+    # Some data sets repeat the last question as a text beside whole chats, which begin alike.
+    if prompt is None or (is_list(chosen) and not is_list(prompt) and chosen[0] == rejected[0]):
         prompt, chosen, rejected = _common_beginning(chosen, rejected)
     _note_unused(row, ("prompt", "chosen", "rejected"), unused)
     (prompt, good), (_, bad) = (_answer(row, prompt, answer, unused) for answer in (chosen, rejected))

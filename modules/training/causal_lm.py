@@ -18,7 +18,7 @@ from ..losses.functional import cross_entropy
 from ..models.causal_lm import QLoRAForCausalLM
 from ..models.options import ComputeOptions
 from .base import QLoRAModule
-from .generation import generate_answer
+from .generation import generate_answers
 
 #: What a batch holds beside the model's inputs: counts, as python ints, so that reading them waits for no device.
 _COUNTS = ("num_tokens", "num_loss_tokens")
@@ -106,13 +106,17 @@ class QLoRACausalLM(QLoRAModule):
 
     def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a one-turn chat with ``prompt``. All ranks of a sharded model must call it together."""
+        return self.answers([prompt], max_new_tokens)[0]
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """:meth:`answer` to each of ``prompts``, all in one batch."""
         training = self.training
         self.eval()
         with self.trainer.precision_plugin.forward_context():
             chat_format = self.chat_format or ChatFormat.of(self.model_dir)
-            text = generate_answer(
-                self._model, chat_format, [{"role": "user", "content": prompt}], device=self.device,
-                max_new_tokens=max_new_tokens,
+            texts = generate_answers(
+                self._model, chat_format, [[{"role": "user", "content": prompt}] for prompt in prompts],
+                device=self.device, max_new_tokens=max_new_tokens,
             )  # fmt: skip
         self.train(training)
-        return text
+        return texts

@@ -11,7 +11,6 @@ from transformers.generation.streamers import BaseStreamer
 from ..checkpoints.chat_format import ChatFormat
 
 
-@torch.no_grad()
 def generate_answer(
     model: Any,
     chat_format: ChatFormat,
@@ -22,24 +21,48 @@ def generate_answer(
     temperature: float = 0.0,
     streamer: BaseStreamer | None = None,
 ) -> str:
-    """The answer of ``model``, which is in eval mode, to a chat.
+    """:func:`generate_answers` to one chat."""
+    return generate_answers(
+        model, chat_format, [messages], device=device, max_new_tokens=max_new_tokens, temperature=temperature,
+        streamer=streamer,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    chat_format: ChatFormat,
+    chats: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    """The answers of ``model``, which is in eval mode, to chats, all in one batch.
 
     Args:
         model: A causal language model of transformers; all ranks of a sharded one must call this together.
         chat_format: Its chat template, and where it stops.
-        messages: The chat so far, each with ``role`` and ``content``; the last one is the user's.
+        chats: Each the messages so far, with ``role`` and ``content``; the last one is the user's.
         device: Where it computes; offloaded parameters are elsewhere.
         max_new_tokens: Tokens after which the answer is cut.
         temperature: Of sampling; 0 takes the likeliest token each time.
-        streamer: Is given the tokens while they are made.
+        streamer: Is given the tokens while they are made; for one chat only.
 
     Returns:
-        The text, without special tokens.
+        The texts, without special tokens.
     """
     tokenizer = chat_format.tokenizer
-    inputs = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(device)
+    prompts = [
+        tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=True)["input_ids"]
+        for chat in chats
+    ]
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
+    inputs = {
+        "input_ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device),
+        "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+    }
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature}
@@ -47,5 +70,5 @@ def generate_answer(
         **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=list(chat_format.stops) or None, streamer=streamer,
     )  # fmt: skip
-    answer = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    texts = tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [str(text).strip() for text in texts]
