@@ -21,8 +21,8 @@ FIGURES = (
 class PreferenceReport(Callback):
     """Prints the first and last of the figures that the module logs when training ends, and gives all to the report.
 
-    The module logs them as ``train_margin`` and so on at each optimizer step, and as ``val_margin`` and so on after each
-    validation: those of :data:`FIGURES`, or some of them. They are part of every checkpoint.
+    The module logs them as ``train_margin`` and so on at each optimizer step, and as ``val_margin`` and so on after
+    each validation: those of :data:`FIGURES`, or some of them. They are part of every checkpoint.
     """
 
     report_key = "preference"

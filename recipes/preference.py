@@ -77,7 +77,7 @@ def main(
     """Train, report and save; returns the exit status.
 
     Args:
-        model, preference, data_options, batch, optimization, lora, strategy, compute, checkpoints, run: Groups of flags.
+        model, preference, data_options, batch, optimization, lora, strategy, compute, checkpoints, run: Groups.
         answers: How many held-out questions to answer before and after training; with prompt, that one alone.
     """
     flags = as_metadata(locals())  # nothing else is local yet
@@ -142,7 +142,7 @@ def main(
         check_val_every_n_epoch=None, num_sanity_val_steps=0, inference_mode=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
-            CompareAnswers(examples, max_new_tokens=96, is_good=is_good, shown=2),
+            CompareAnswers(examples, max_new_tokens=64, is_good=is_good, shown=2),
             LossProgress(),
             PreferenceReport(),
             SaveAdapter(files.adapter),

@@ -156,9 +156,7 @@ def to_chat(row: object, unused: dict[str, None]) -> Chat:
             "message, or remove the column"
         )
     used = (*row_format.required, *row_format.optional, *_SYSTEM)
-    unused.update(
-        (f"column {column!r}", None) for column in row if column not in used and holds_something(row[column])
-    )
+    unused.update((f"column {column!r}", None) for column in row if column not in used and holds_something(row[column]))
     messages = [_checked(message, number, unused) for number, message in enumerate(row_format.messages(row), start=1)]
     for system in filter(None, (_text(row, column) for column in _SYSTEM)):
         if messages[0]["role"] == "system":

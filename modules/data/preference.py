@@ -8,7 +8,6 @@ Shapes: B rows of a batch, S the longest of them, rounded up; P pairs or labelle
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import tokenize_chats
@@ -92,10 +90,9 @@ class PreferenceCollator:
 
         Returns:
             ``input_ids`` and ``labels`` int64 [B, S], ``num_tokens``, ``num_loss_tokens`` and, packed, ``position_ids``
-            and ``document_lengths``, all as of :class:`~.collators.ChatCollator` and :class:`~.collators.PackedCollator`;
-            ``documents`` int64 [D], which of all documents these are, leaving out padding and blank ones, in the order
-            of the data (the two of a pair one after the other); ``completion_tokens`` float32 [D], how many tokens of
-            each are trained; ``index`` int64 [P]; ``num_pairs``, P. Labelled answers: ``desirable`` bool [P], and
+            and ``document_lengths``, all as of :class:`ChatCollator` and :class:`PackedCollator`; ``documents`` int64
+            [D], which of all documents these are, leaving out padding and blank ones, in the order of the data (the two
+            of a pair one after the other); ``completion_tokens`` float32 [D], how many tokens of each are trained; ``index`` int64 [P]; ``num_pairs``, P. Labelled answers: ``desirable`` bool [P], and
             ``other``, a batch of the other documents.
         """
         batch = self._documents(samples)
@@ -171,7 +168,7 @@ class PreferenceDataModule(ChatDataModule):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        dataset: str | Path | PreferenceDataOptions = PreferenceDataOptions(),  # noqa: B008  frozen
+        dataset: str | Path | PreferenceDataOptions = PreferenceDataOptions(),
         *,
         batch_size: int,
         seq_len: int,
@@ -225,7 +222,8 @@ class PreferenceDataModule(ChatDataModule):
         """Held-out one-turn prompts, each with its good answer if there is one: ``count`` at most."""
         self.load()
         found: dict[str, str | None] = {}
-        for row in self.val_chats:
+        rows: list[Any] = [*self.val_chats]
+        for row in rows:
             if [message["role"] for message in row["prompt"]] != ["user"]:
                 continue
             good = [c[0]["content"] for c, good in zip(row["completions"], row["desirable"], strict=True) if good]

@@ -3,8 +3,8 @@
 | rows | a row has |
 |---|---|
 | pairs, explicit prompt | ``prompt``, ``chosen``, ``rejected``: texts, or lists of messages |
-| pairs, implicit prompt | ``chosen``, ``rejected``: whole chats (lists of messages), or texts, with a common beginning |
-| labelled answers | ``prompt``, ``completion``: texts or lists of messages; ``label``: true for a good answer, else false |
+| pairs, implicit prompt | ``chosen``, ``rejected``: whole chats (lists of messages), or texts, that begin alike |
+| labelled answers | ``prompt``, ``completion``: texts or lists of messages; ``label``: true (good) or false |
 
 Rows may have ``system`` (or ``system_prompt``), and messages are what :mod:`.formats` says. A text is a message of its
 own: a prompt of the user, an answer of the assistant. The common beginning of two chats is their equal messages; of two
@@ -58,7 +58,8 @@ def to_preference(row: object, unused: dict[str, None], paired: bool) -> Prefere
 
 
 def _pair(row: Mapping[str, Any], unused: dict[str, None]) -> Preference:
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if answer is None or (isinstance(answer, str) and not answer.strip()) or (is_list(answer) and not answer):
             raise ValueError(f"there is no {name} answer ({name!r} is {'missing' if answer is None else 'empty'})")

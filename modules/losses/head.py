@@ -46,8 +46,9 @@ class LossHead(nn.Linear):
         ignore_index: int = -100,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """Logits [..., V], neither scaled nor capped; or with ``labels`` the float32 *sum* of the loss; with ``reduction="none"``
-        its values [...], 0 for tokens that do not count.
+        """Logits [..., V], neither scaled nor capped; or with ``labels`` the float32 *sum* of the loss.
+
+        With ``reduction="none"`` it is the loss of each token [...], 0 for tokens that do not count.
 
         Args:
             hidden: [..., H].

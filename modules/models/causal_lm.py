@@ -48,7 +48,7 @@ class QLoRAForCausalLM(QLoRADecoder):
         """As transformers' forward, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
 
         The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean; if
-        the head's ``reduction`` is ``"none"``, it is [B, S], the value at a position being that of the token *after* it.
+        the head's ``reduction`` is ``"none"``, it is [B, S], and the value at a position is that of the *next* token.
         ``num_loss_tokens`` is how many of ``labels[:, 1:]`` count: given it, the host need not wait for the device.
         ``loss_inputs`` are what the head's loss takes after the labels, each [B, S, ...]: the value at a position
         belongs to the token at that position, as its label does.
@@ -92,9 +92,7 @@ class QLoRAForCausalLM(QLoRADecoder):
         if self.lm_head.reduction == "sum":
             count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             total = total / count
-        return CausalLMOutputWithPast(
-            loss=total, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return CausalLMOutputWithPast(loss=total, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def tie_head(self) -> None:
         """Make the head share the embedding's weight again, where the model is configured so."""

@@ -40,10 +40,10 @@ class QLoRAPreference(QLoRACausalLM):
 
     A batch is what :class:`~lightning_qlora.modules.data.preference.PreferenceCollator` makes.
 
-    The loss of a step is the mean over all its pairs (or labelled answers): those of every micro-batch and rank, however
-    unequal, as :class:`QLoRAModule` does it for tokens. One term of KTO, its estimate of the KL divergence, is a
-    property of a batch: that of each micro-batch of *all* ranks together, so that it does not depend on their number;
-    with ``--accumulate`` it is estimated from fewer answers.
+    The loss of a step is the mean over all its pairs (or labelled answers): those of every micro-batch and rank,
+    however unequal, as :class:`QLoRAModule` does it for tokens. One term of KTO, its estimate of the KL divergence, is
+    a property of a batch. It is estimated from each micro-batch of *all* ranks together, so it does not depend on their
+    number, but with gradient accumulation it comes from fewer answers than a step has.
 
     Logged beside ``train_loss`` and ``val_loss``, as exact means over the step and all ranks, each with ``train_`` or
     ``val_`` in front: ``rewards_chosen``, ``rewards_rejected``, their difference ``margin``, ``log_probs_chosen`` and
@@ -114,7 +114,7 @@ class QLoRAPreference(QLoRACausalLM):
         if (lengths := batch.get("document_lengths")) is None:
             return of_tokens.sum(-1)[batch["documents"]]
         # One sum for each document, and no scatter: its additions have no fixed order on a GPU.
-        parts = of_tokens.flatten().split([length for row in lengths for length in row])
+        parts = torch.split(of_tokens.flatten(), [length for row in lengths for length in row])
         return torch.stack([part.sum() for part in parts])[batch["documents"]]
 
     @torch.no_grad()
@@ -147,11 +147,13 @@ class QLoRAPreference(QLoRACausalLM):
         """
         if missing := [name for name in ("documents", "completion_tokens", "num_pairs") if name not in batch]:
             raise ValueError(
-                f"The batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}. PreferenceDataModule makes "
-                "batches of preferences."
+                f"The batch lacks {', '.join(missing)}; it holds {', '.join(sorted(batch))}. PreferenceDataModule "
+                "makes batches of preferences."
             )
         if ("desirable" in batch) == self.objective.paired:
-            raise ValueError("The loss compares pairs, but the batch holds labelled answers, or the reverse: see paired.")
+            raise ValueError(
+                "The loss compares pairs, but the batch holds labelled answers, or the reverse: see paired."
+            )
         reference = self._reference_of(batch)
         loss, figures = (self._of_pairs if self.objective.paired else self._of_answers)(batch, reference)
         self._figures["train" if self.training else "val"].append(figures)

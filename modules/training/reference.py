@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,16 @@ class ReferenceLogProbs:
             )
         identity = self._identity(module, data)
         # Rank 0 alone reads, because others may not see its disk.
-        table = gather_objects(self._read(identity, data.num_train + data.num_val) if trainer.is_global_zero else None)[0]
+        table = gather_objects(self._read(identity, data.num_train + data.num_val) if trainer.is_global_zero else None)[
+            0
+        ]
         assert table is not None
         todo = [number for number in range(data.num_reference_batches) if self._lacks(table, data, number)]
         if todo:
             if module.init_adapter is not None and trainer.global_step > 0:
                 raise ValueError(
-                    f"{self.path} does not hold the reference of this run, and its model, {module.init_adapter}, has been "
-                    "trained since. Put the file back, or start in a new --output_dir."
+                    f"{self.path} does not hold the reference of this run, and its model, {module.init_adapter}, has "
+                    "been trained since. Put the file back, or start in a new --output_dir."
                 )
             rank_zero_info(
                 f"Computing the reference's log-probabilities in {len(todo)} of {data.num_reference_batches} batches."
@@ -132,7 +133,8 @@ class ReferenceLogProbs:
         with safe_open(self.path, "pt") as file:
             saved = json.loads((file.metadata() or {}).get("identity", "{}"))
             if saved == identity:
-                return file.get_tensor("log_probs")
+                table: Tensor = file.get_tensor("log_probs")
+                return table
         changed = [name for name in identity if saved.get(name) != identity[name]]
         rank_zero_info(f"{self.path} is of another run ({', '.join(changed)} differ), and is computed anew.")
         return empty
@@ -141,4 +143,4 @@ class ReferenceLogProbs:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_suffix(".part")
         save_file({"log_probs": table}, written, {"identity": json.dumps(identity)})
-        os.replace(written, self.path)
+        written.replace(self.path)

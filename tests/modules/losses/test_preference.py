@@ -1,4 +1,4 @@
-"""Losses over preferences against TRL's own code on the same log-probabilities, values and gradients; and their edges."""
+"""Losses over preferences against TRL's own code on the same log-probabilities: values, gradients, and edges."""
 
 import functools
 from types import SimpleNamespace
@@ -157,7 +157,10 @@ def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
         results.append((value.detach(), gradient))
     (a, da), (b, db) = results
     assert da.abs().max() > 1e-3
-    print(f"{name}: loss {float(a):.6f}, off by {float((a - b).abs()):.1e}; gradient off by {float((da - db).abs().max()):.1e}")
+    print(
+        f"{name}: loss {float(a):.6f}, off by {float((a - b).abs()):.1e}; "
+        f"gradient off by {float((da - db).abs().max()):.1e}"
+    )
     # ORPO's part is float32 in TRL.
     torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=1e-6)
     torch.testing.assert_close(da, db, rtol=0, atol=1e-6)

@@ -71,8 +71,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(
     model_dir: Path, dataset: str, loss: str, *, packing: bool = False, strategy: Any = "auto", batch_size: int = 10,
     max_steps: int = 3, accumulate: int = 1, ckpt: Path | None = None, save: Path | None = None,
-    reference_file: Path | None = None, accelerator: str = "cpu", devices: int = 1, compute: ComputeOptions | None = None,
-    lora: Any = None, callbacks: Any = (), **options: Any,
+    reference_file: Path | None = None, accelerator: str = "cpu", devices: int = 1,
+    compute: ComputeOptions | None = None, lora: Any = None, callbacks: Any = (), **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, and return what is logged and the module."""
     objective = OBJECTIVES[loss]
@@ -212,8 +212,8 @@ def test_a_resumed_run_goes_on_exactly(pairs, tiny_llama_dir, tmp_path):
     for (name, a), (_, b) in zip(whole["module"].named_parameters(), rest["module"].named_parameters(), strict=True):
         if a.requires_grad:
             assert torch.equal(a, b), name
+    other = write_pairs(tmp_path / "other.jsonl", 40)
     with pytest.raises(ValueError, match="does not fit this run"):
-        other = write_pairs(tmp_path / "other.jsonl", 40)
         run(tiny_llama_dir, other, "dpo", max_steps=6, ckpt=tmp_path / "two.ckpt", **options)
 
 
