@@ -92,8 +92,9 @@ class PreferenceCollator:
             ``input_ids`` and ``labels`` int64 [B, S], ``num_tokens``, ``num_loss_tokens`` and, packed, ``position_ids``
             and ``document_lengths``, all as of :class:`ChatCollator` and :class:`PackedCollator`; ``documents`` int64
             [D], which of all documents these are, leaving out padding and blank ones, in the order of the data (the two
-            of a pair one after the other); ``completion_tokens`` float32 [D], how many tokens of each are trained; ``index`` int64 [P]; ``num_pairs``, P. Labelled answers: ``desirable`` bool [P], and
-            ``other``, a batch of the other documents.
+            of a pair one after the other); ``completion_tokens`` float32 [D], how many tokens of each are trained;
+            ``index`` int64 [P]; ``num_pairs``, P. Labelled answers: ``desirable`` bool [P], and ``other``, a batch of
+            the other documents.
         """
         batch = self._documents(samples)
         index = [place for sample in samples for place in sample["index"]]
