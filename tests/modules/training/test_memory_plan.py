@@ -254,7 +254,7 @@ def test_pairs_take_what_their_documents_do_and_their_reference_no_more(checkpoi
         chosen, rejected = (forward(model, settings, ids).sum(-1) - reference).unbind()
         torch.nn.functional.logsigmoid(chosen - rejected).neg().backward()
     needed = planned(plan_memory(settings))[2]
-    assert left < 1000
+    assert left < 0.01 * live.peak  # sums of log-probabilities, and what torch caches
     assert peak_of_reference < live.peak == pytest.approx(needed, rel=0.05)
 
 
