@@ -1,9 +1,6 @@
 """Preferences in, batches of documents out: pairs side by side, or labelled answers with those to other prompts.
 
-A *document* is a prompt with one answer, of which the answer is trained. The loss compares documents, so whole
-documents stay together: a pair's two are neighbours in a packed row, or rows of one batch.
-
-Shapes: B rows of a batch, S the longest of them, rounded up; P pairs or labelled answers; D documents.
+A *document* is a prompt with one answer, of which the answer is trained.
 """
 
 from __future__ import annotations
@@ -11,21 +8,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import tokenize_chats
 from .checks import BadRows
-from .collators import ChatCollator, PackedCollator, join_samples
+from .collators import join_samples
 from .data_module import ChatDataModule, Part
 from .dataset import SampleDataset
 from .options import DataOptions
 from .packing import pack_samples
+from .preference_collator import OTHER, PreferenceCollator
 from .preference_formats import Preference, to_preference
 from .samples import IGNORE_INDEX, Collator, Sample
 from .sources import Placed, Source, open_source, read_chats
@@ -33,9 +30,6 @@ from .stdlib_docs import stdlib_card_preferences
 from .vocabulary import check_token_ids
 
 CARD_PREFERENCES = "stdlib-card-preferences"
-
-#: What the other answer's columns are called, in samples of labelled answers.
-_OTHER = "other_"
 
 
 @dataclass(frozen=True)
@@ -64,79 +58,6 @@ class PreferenceDataOptions(DataOptions):
     """
 
     dataset: str = CARD_PREFERENCES
-
-
-@dataclass(frozen=True)
-class PreferenceCollator:
-    """Batches of documents, padded on the right.
-
-    Args:
-        pad_token_id: Fills ``input_ids``.
-        packed: Keep a sample's documents in one row; else each document has its own.
-        pad_to_multiple_of: S is the longest row rounded up to a multiple of this.
-    """
-
-    pad_token_id: int
-    packed: bool = False
-    pad_to_multiple_of: int = 8
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch for :class:`~lightning_qlora.modules.training.preference.QLoRAPreference`.
-
-        A sample holds one or more pairs or labelled answers: ``input_ids`` and ``labels`` of its documents one after
-        another, ``document_lengths``, and ``index``, the place of each pair or answer in the data. Labelled answers
-        also have ``desirable``, and ``other_input_ids``, ``other_labels``, ``other_document_lengths``: the same prompts
-        with answers to other prompts. A sample without pairs or answers is blank.
-
-        Returns:
-            ``input_ids`` and ``labels`` int64 [B, S], ``num_tokens``, ``num_loss_tokens`` and, packed, ``position_ids``
-            and ``document_lengths``, all as of :class:`ChatCollator` and :class:`PackedCollator`; ``documents`` int64
-            [D], which of all documents these are, leaving out padding and blank ones, in the order of the data (the two
-            of a pair one after the other); ``completion_tokens`` float32 [D], how many tokens of each are trained;
-            ``index`` int64 [P]; ``num_pairs``, P. Labelled answers: ``desirable`` bool [P], and ``other``, a batch of
-            the other documents.
-        """
-        batch = self._documents(samples)
-        index = [place for sample in samples for place in sample["index"]]
-        batch |= {"index": torch.tensor(index, dtype=torch.int64), "num_pairs": len(index)}
-        if "desirable" in samples[0]:
-            flags = [flag for sample in samples for flag in sample["desirable"]]
-            batch["desirable"] = torch.tensor(flags, dtype=torch.bool)
-            names = ("input_ids", "labels", "document_lengths")
-            others = [{"index": each["index"], **{name: each[_OTHER + name] for name in names}} for each in samples]
-            batch["other"] = self._documents(others)
-        return batch
-
-    def _documents(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        split = [[*_documents_of(sample)] for sample in samples]
-        if self.packed:
-            rows = [join_samples(documents) for documents in split]
-            batch: dict[str, Any] = {**PackedCollator(self.pad_token_id, self.pad_to_multiple_of)(rows)}
-            counts = [len(lengths) for lengths in batch["document_lengths"]]  # with padding, a document at a row's end
-        else:
-            flat = [document for documents in split for document in documents]
-            batch = {**ChatCollator(self.pad_token_id, self.pad_to_multiple_of)(flat)}
-            counts = [len(documents) for documents in split]
-        firsts = itertools.accumulate(counts, initial=0)
-        real = [len(documents) if sample["index"] else 0 for documents, sample in zip(split, samples, strict=True)]
-        numbers = [first + i for first, count in zip(firsts, real, strict=False) for i in range(count)]
-        tokens = [
-            sum(label != IGNORE_INDEX for label in document["labels"][1:])
-            for documents, sample in zip(split, samples, strict=True)
-            for document in documents
-            if sample["index"]
-        ]
-        batch["documents"] = torch.tensor(numbers, dtype=torch.int64)
-        batch["completion_tokens"] = torch.tensor(tokens, dtype=torch.float32)
-        return batch
-
-
-def _documents_of(sample: Mapping[str, Any]) -> Iterator[Sample]:
-    start = 0
-    for length in sample["document_lengths"]:
-        end = start + length
-        yield {"input_ids": sample["input_ids"][start:end], "labels": sample["labels"][start:end]}
-        start = end
 
 
 class PreferenceDataModule(ChatDataModule):
@@ -253,7 +174,7 @@ class PreferenceDataModule(ChatDataModule):
     def _empty_set(self, pad_token_id: int) -> SampleDataset:
         blank: dict[str, Any] = {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "document_lengths": [1]}
         if not self.paired:
-            blank |= {_OTHER + name: value for name, value in blank.items()} | {"desirable": []}
+            blank |= {OTHER + name: value for name, value in blank.items()} | {"desirable": []}
         return SampleDataset([], {**blank, "index": []})
 
     def _own_collator(self, pad_token_id: int) -> Collator:
@@ -365,7 +286,7 @@ def _with_other_answers(samples: list[dict[str, Any]], seq_len: int) -> list[dic
         ids = [*sample["input_ids"][:length], *samples[other]["input_ids"][split[other] :]][:seq_len]
         labels = [*[IGNORE_INDEX] * length, *samples[other]["labels"][split[other] :]][:seq_len]
         others = {"input_ids": ids, "labels": labels, "document_lengths": [len(ids)]}
-        completed.append({**sample, **{_OTHER + name: value for name, value in others.items()}})
+        completed.append({**sample, **{OTHER + name: value for name, value in others.items()}})
     return completed
 
 

@@ -38,7 +38,7 @@ class QLoRAPreference(QLoRACausalLM):
     log-probabilities are computed beside each batch without a gradient, or once before training
     (``reference_file``). Log-probabilities of tokens come from the chunked loss, so the logits of a batch never exist.
 
-    A batch is what :class:`~lightning_qlora.modules.data.preference.PreferenceCollator` makes.
+    A batch is what :class:`~lightning_qlora.modules.data.preference_collator.PreferenceCollator` makes.
 
     The loss of a step is the mean over all its pairs (or labelled answers): those of every micro-batch and rank,
     however unequal, as :class:`QLoRAModule` does it for tokens. One term of KTO, its estimate of the KL divergence, is

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from lightning_qlora.modules.checkpoints.random_weights import CHECKPOINTS, SHAPES, checkpoint_of
 from lightning_qlora.modules.cli import Only, positive, run_recipe
-from lightning_qlora.modules.data.preference import PreferenceCollator
+from lightning_qlora.modules.data.preference_collator import PreferenceCollator
 from lightning_qlora.modules.distributed.strategies import StrategyOptions
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
 from lightning_qlora.modules.lora.config import LoraOptions
