@@ -25,7 +25,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> dic
 
 def test_it_learns_what_is_preferred_and_reports_it(flags, tmp_path, capsys):
     recipe, output = recipe_module("preference"), tmp_path / "run"
-    flags = {**flags, "output_dir": output, "max_steps": 15, "precompute_reference": True}
+    flags = {**flags, "output_dir": output, "max_steps": 15, "loss": "dpo", "precompute_reference": True}
     assert call(recipe, **{**flags, "dry_run": True}) == 0
     assert "working memory" in capsys.readouterr().out
     assert not output.exists()
@@ -72,6 +72,6 @@ def test_rows_are_padded_where_no_attention_packs_and_that_is_said(flags, tiny_l
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    flags = {**flags, "model": str(model), "output_dir": tmp_path / "run", "max_steps": 1, "answers": 0}
+    flags = {**flags, "model": str(model), "loss": "dpo", "output_dir": tmp_path / "run", "max_steps": 1, "answers": 0}
     assert call(recipe_module("preference"), **flags) == 0
     assert "Rows are padded, not packed: " in caplog.text
