@@ -24,6 +24,7 @@ from .compile_report import CompileReport, CompileReportError, CompileSection
 from .exact_match import ExactMatch
 from .graceful_stop import GracefulStop
 from .memory_report import MemoryReport, MemorySection
+from .preference_report import PreferenceReport
 from .progress import LossProgress
 from .report import ReportSource, RunReport, write_html
 from .report_schema import Report, load_report
@@ -41,6 +42,7 @@ __all__ = [
     "LossProgress",
     "MemoryReport",
     "MemorySection",
+    "PreferenceReport",
     "Report",
     "ReportSource",
     "RunReport",

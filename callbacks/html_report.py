@@ -320,6 +320,25 @@ def _tool_calls(section: Mapping[str, Any]) -> Markup:
     return body
 
 
+def _preference(section: Mapping[str, Any]) -> Markup:
+    train, val = section["train"], section["val"]
+    plots = Markup()
+    for label in ("margin", "accuracy", "rewards", "log_probs", "kl"):
+        names = [name for name in (label, f"{label}_chosen", f"{label}_rejected") if name in train]
+        lines = [
+            _Line(
+                f"{name.removeprefix(label).strip('_') or kind} {kind if name != label else ''}".strip(),
+                points[name],
+                dots,
+            )
+            for kind, points, dots in (("training", train, False), ("validation", val, True))
+            for name in names
+            if name in points
+        ]
+        plots += _line_plot(lines, "optimizer step", label.replace("_", " "))
+    return _plots(plots)
+
+
 _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {
     "throughput": _throughput,
     "memory": _memory,
@@ -327,6 +346,7 @@ _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {
     "data": _data,
     "classification": _classification,
     "tool_calls": _tool_calls,
+    "preference": _preference,
 }
 
 

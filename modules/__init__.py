@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .lora import default_lora, save_adapter
     from .losses import cross_entropy, linear_loss
     from .quantization import NF4Linear, quantize_linears
-    from .training import QLoRACausalLM, QLoRASequenceClassifier, QLoRAVisionLanguage
+    from .training import QLoRACausalLM, QLoRAPreference, QLoRASequenceClassifier, QLoRAVisionLanguage
 else:
     __getattr__, __dir__ = import_on_first_use(__name__)
 
@@ -22,6 +22,7 @@ __all__ = [
     "FSDP2Strategy",
     "NF4Linear",
     "QLoRACausalLM",
+    "QLoRAPreference",
     "QLoRASequenceClassifier",
     "QLoRAVisionLanguage",
     "build_strategy",

@@ -69,7 +69,7 @@ def evaluate(module: QLoRACausalLM, data: ChatDataModule, max_new_tokens: int, b
     requests = requests_of(data.val_chats)
     functions = DEMO_TOOLS if data.options.dataset == TOOL_REQUESTS else None
     outcomes = converse(
-        requests, lambda prompts: module.answers(prompts, max_new_tokens, batch_size),
+        requests, lambda prompts: module.complete(prompts, max_new_tokens, batch_size),
         ChatRenderer(data.tokenizer, date=data.date), functions,
     )  # fmt: skip
     metric = ToolCallMetric(sync_on_compute=False)  # every rank has all outcomes

@@ -9,7 +9,7 @@ from importlib.metadata import packages_distributions
 from tests.import_graph import FILES, ROOT, imports, own_file
 
 # Installed by hand to compare with, in benchmarks only.
-PEERS = {"accelerate", "cut-cross-entropy", "liger-kernel"}
+PEERS = {"accelerate", "cut-cross-entropy", "liger-kernel", "trl"}
 
 _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

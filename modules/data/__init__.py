@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .loader import ResumableDataLoader
     from .options import BatchOptions, DataOptions
     from .packing import pack_samples
+    from .preference import PreferenceDataModule, PreferenceDataOptions
     from .sampler import GlobalBatchSampler
     from .samples import IGNORE_INDEX, Batch, Chat, Collator, Message, PackedBatch, Sample
     from .sources import load_chats
@@ -36,6 +37,8 @@ __all__ = [
     "Message",
     "PackedBatch",
     "PackedCollator",
+    "PreferenceDataModule",
+    "PreferenceDataOptions",
     "ResumableDataLoader",
     "Sample",
     "VisionDataModule",

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .chat_template import tokenize_chats
 from .checks import BadRows, refuse_changes, require_at_least
 from .collators import ChatCollator, PackedCollator, join_samples
-from .dataset import ChatDataset
+from .dataset import ChatDataset, SampleDataset
 from .named_templates import read_chat_template
 from .options import DataOptions
 from .packing import pack_samples
@@ -38,7 +38,7 @@ from .preview import SamplePreview, print_previews
 from .rendering import date_parts
 from .resumable import ResumableDataModule, digests, smallest
 from .samples import Chat, Collator, Sample
-from .sources import PlacedChats, Source, open_source, read_chats
+from .sources import Placed, Source, open_source, read_chats
 from .tool_formats import with_tools
 from .vocabulary import check_token_ids, choose_pad_token_id
 
@@ -47,8 +47,8 @@ from .vocabulary import check_token_ids, choose_pad_token_id
 class Part:
     """Samples to train or to validate on, each with its chat."""
 
-    samples: list[Sample]
-    chats: list[Chat]
+    samples: list[Any]
+    chats: list[Any]
     num_truncated: int = 0
     num_dropped: int = 0
     turn_ends: tuple[int, ...] = ()
@@ -184,12 +184,12 @@ class ChatDataModule(ResumableDataModule):
         pad_token_id = self._choose_pad_token_id()
         self.date = date_parts(self.tokenizer.get_chat_template()) if self.tokenizer.chat_template else {}
         train, val = self._read()
-        self.val_set = ChatDataset([], pad_token_id)
-        self.train_set = ChatDataset([], pad_token_id)
+        self.val_set, self.train_set = self._empty_set(pad_token_id), self._empty_set(pad_token_id)
         self._hold(train, val)
         self.collator = self.collate_fn or self._make_collator(pad_token_id)
         rank_zero_info(self._summary(val.origin))
-        longest = max(len(sample["input_ids"]) for sample in (*train.samples, *val.samples))
+        samples = [*train.samples, *val.samples]
+        longest = max(max(sample.get("document_lengths", [len(sample["input_ids"])])) for sample in samples)
         if self.max_position_embeddings is not None and longest > self.max_position_embeddings:
             rank_zero_warn(
                 f"The longest sample has {longest} tokens, but the model's config.json says "
@@ -198,6 +198,17 @@ class ChatDataModule(ResumableDataModule):
             )
         self.previews = [self._preview(each) for each in train.samples[: self.options.show_samples]]
         rank_zero_only(print_previews)(self.previews)
+
+    # What a subclass with other rows (data/preference.py, data/vision.py) defines anew:
+
+    def _open(self, dataset: str, subset: str | None = None) -> Source:
+        return open_source(dataset, subset)
+
+    def _read_rows(self, source: Source, split: str) -> Placed[Any]:
+        return read_chats(source, split, self.options.skip_bad_rows)
+
+    def _empty_set(self, pad_token_id: int) -> SampleDataset:
+        return ChatDataset([], pad_token_id)
 
     def _choose_pad_token_id(self) -> int:
         return choose_pad_token_id(self.tokenizer, pad_token=self.options.pad_token, vocab_size=self.vocab_size)
@@ -208,28 +219,32 @@ class ChatDataModule(ResumableDataModule):
     def _preview(self, sample: Sample) -> SamplePreview:
         return SamplePreview.of(sample, self.tokenizer)
 
-    def _open(self, dataset: str, subset: str | None = None) -> Source:
-        return open_source(dataset, subset)
+    def _to_rows(self, train: list[Any], val: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What the data sets hold of these samples, packed if they shall be."""
+        if not self.packing:
+            return train, val
+        rows, val_rows = pack_chats(train, self.seq_len), pack_chats(val, self.seq_len)
+        self.fill = sum(len(pack["input_ids"]) for pack in rows) / (len(rows) * self.seq_len)
+        return rows, val_rows
 
-    def _chats(self, source: Source, split: str) -> PlacedChats:
-        return read_chats(source, split, self.options.skip_bad_rows)
+    # --- reading -----------------------------------------------------------------------------------------------------
 
     def _read(self) -> tuple[Part, Part]:
         """Read and tokenize what to train and what to validate on."""
         options = self.options
         source = self._open(options.dataset, options.subset)
-        train = self._tokenize(source, self._chats(source, options.split))
+        train = self._tokenize(source, self._read_rows(source, options.split))
         if options.val_dataset is not None:
             other = self._open(options.val_dataset)
             split = next(split for split in ("validation", "train", *other.splits) if split in other.splits)
-            val = self._tokenize(other, self._chats(other, split))
+            val = self._tokenize(other, self._read_rows(other, split))
             val = dataclasses.replace(val, origin=f"of {other.name} to validate on")
         elif "validation" in source.splits and options.split != "validation" and options.val_samples:
-            read = self._chats(source, "validation")
-            chosen = smallest(read.chats, min(options.val_samples, len(read.chats)))
+            read = self._read_rows(source, "validation")
+            chosen = smallest(read.rows, min(options.val_samples, len(read.rows)))
             val = self._tokenize(source, read.only(chosen))
             val = dataclasses.replace(
-                val, origin=f"to validate on, of the {len(read.chats)} rows of its split validation"
+                val, origin=f"to validate on, of the {len(read.rows)} rows of its split validation"
             )
         else:
             most = min(options.val_samples, len(train.samples) // 10)
@@ -251,16 +266,16 @@ class ChatDataModule(ResumableDataModule):
             )
         return train, val
 
-    def _tokenize(self, source: Source, read: PlacedChats) -> Part:
-        if any("tools" in chat for chat in read.chats):
+    def _tokenize(self, source: Source, read: Placed[Any]) -> Part:
+        if any("tools" in chat for chat in read.rows):
             self.tokenizer = with_tools(self.tokenizer)
         tokenized = tokenize_chats(
-            self.tokenizer, read.chats, self.seq_len, train_on=self.options.train_on, date=self.date,
+            self.tokenizer, read.rows, self.seq_len, train_on=self.options.train_on, date=self.date,
             places=read.places, bad=BadRows(source.name, self.options.skip_bad_rows),
         )  # fmt: skip
         if self.vocab_size is not None:
             check_token_ids(tokenized.samples, self.tokenizer, self.vocab_size)
-        chats = [read.chats[index] for index in tokenized.kept]
+        chats = [read.rows[index] for index in tokenized.kept]
         return Part(
             tokenized.samples, chats, tokenized.num_truncated, tokenized.num_dropped, tokenized.turn_ends
         )  # fmt: skip
@@ -273,10 +288,7 @@ class ChatDataModule(ResumableDataModule):
         self.num_truncated = train.num_truncated + val.num_truncated
         self.num_train, self.num_val = len(train.samples), len(val.samples)
         self.turn_ends = train.turn_ends
-        rows, val_rows = train.samples, val.samples
-        if self.packing:
-            rows, val_rows = _pack(rows, self.seq_len), _pack(val_rows, self.seq_len)
-            self.fill = sum(len(pack["input_ids"]) for pack in rows) / (len(rows) * self.seq_len)
+        rows, val_rows = self._to_rows(train.samples, val.samples)
         self.fingerprint = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         train_set.replace(rows)
         val_set.replace(val_rows)
@@ -355,6 +367,7 @@ class ChatDataModule(ResumableDataModule):
         return text
 
 
-def _pack(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+def pack_chats(samples: Sequence[Sample], seq_len: int) -> list[Sample]:
+    """Rows of at most ``seq_len`` tokens that hold all of these samples."""
     packs = pack_samples([len(sample["input_ids"]) for sample in samples], seq_len)
     return [join_samples(samples[index] for index in pack) for pack in packs]

@@ -71,9 +71,9 @@ def _listed(row: Row, column: str) -> list[Any]:
 
 
 def _prompt_completion(row: Row) -> list[Any]:
-    prompt = _listed(row, "prompt") if _is_list(row["prompt"]) else [_message("user", row["prompt"])]
+    prompt = _listed(row, "prompt") if is_list(row["prompt"]) else [_message("user", row["prompt"])]
     completion = (
-        _listed(row, "completion") if _is_list(row["completion"]) else [_message("assistant", row["completion"])]
+        _listed(row, "completion") if is_list(row["completion"]) else [_message("assistant", row["completion"])]
     )
     read_only = [
         {**message, "train": False} if isinstance(message, Mapping) and _role(message) == "assistant" else message
@@ -92,7 +92,7 @@ def _question_answer(row: Row, question: str, answer: str) -> list[Any]:
 
 def _history(row: Row) -> list[Any]:
     pairs = row.get("history") or []
-    if not _is_list(pairs) or not all(_is_list(pair) and len(pair) == 2 for pair in pairs):
+    if not is_list(pairs) or not all(is_list(pair) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"'history' must be a list of (question, answer) pairs, found {pairs!r:.80}")
     roles = ("user", "assistant")
     return [_message(role, text) for pair in pairs for role, text in zip(roles, pair, strict=True)]
@@ -119,6 +119,9 @@ _SYSTEM = ("system", "system_prompt")
 
 #: Columns with what the assistant may call, which every format may have.
 _TOOLS = ("tools", "functions")
+
+#: Columns that mean the same beside every format.
+COMMON_COLUMNS = (*_SYSTEM, *_TOOLS)
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -158,9 +161,7 @@ def to_chat(row: object, unused: dict[str, None]) -> Chat:
     row_format = next((f for f in found if not any(row[column] is None for column in f.required)), found[0])
     tools = next((read_tools(row[column], column) for column in _TOOLS if row.get(column)), [])
     used = (*row_format.required, *row_format.optional, *_SYSTEM, *_TOOLS)
-    unused.update(
-        (f"column {column!r}", None) for column in row if column not in used and _holds_something(row[column])
-    )
+    unused.update((f"column {column!r}", None) for column in row if column not in used and holds_something(row[column]))
     messages = [_checked(message, number, unused) for number, message in enumerate(row_format.messages(row), start=1)]
     for system in filter(None, (_text(row, column) for column in _SYSTEM)):
         if messages[0]["role"] == "system":
@@ -206,7 +207,7 @@ def _checked(message: object, number: int, unused: dict[str, None]) -> Message:
         elif not checked["content"].strip() and not calls:
             raise ValueError(f"{where}: empty completion, nothing to learn; remove the row")
     for field, value in message.items():
-        if field not in fields and _holds_something(value):
+        if field not in fields and holds_something(value):
             unused[f"{field!r} of {role} messages"] = None
     return checked
 
@@ -219,7 +220,7 @@ def _role(message: Row) -> Role | None:
 
 
 def _content(content: object, where: str) -> str:
-    if _is_list(content):
+    if is_list(content):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in cast("list[Any]", content)]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
@@ -269,9 +270,11 @@ def _text(row: Row, column: str) -> str:
     return text or ""
 
 
-def _is_list(value: object) -> bool:
+def is_list(value: object) -> bool:
+    """Whether a value is a list of something, and no text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _holds_something(value: object) -> bool:
+def holds_something(value: object) -> bool:
+    """Whether a column of a table has a value in its row."""
     return value is not None and value not in ("", [], {})

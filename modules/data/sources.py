@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -74,15 +74,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PlacedChats:
-    """Chats, and where each of them stands in its source."""
+class Placed(Generic[T]):
+    """Rows that are read (chats or others), and where each of them stands in its source."""
 
-    chats: list[Chat]
+    rows: list[T]
     places: list[str]
 
-    def only(self, chosen: Sequence[bool]) -> PlacedChats:
+    def only(self, chosen: Sequence[bool]) -> Placed[T]:
         """Those that are chosen."""
-        return PlacedChats([*compress(self.chats, chosen)], [*compress(self.places, chosen)])
+        return Placed([*compress(self.rows, chosen)], [*compress(self.places, chosen)])
 
 
 def load_chats(
@@ -102,19 +102,30 @@ def load_chats(
     Raises:
         ValueError: If the source is missing, empty or damaged, or rows cannot be trained on (naming the first ten).
     """
-    return read_chats(open_source(dataset, subset), split, skip_bad_rows).chats
+    return read_chats(open_source(dataset, subset), split, skip_bad_rows).rows
 
 
-def read_chats(source: Source, split: str, skip_bad_rows: bool) -> PlacedChats:
-    """Read a split of a source as chats, and say which columns are not used.
+def read_chats(
+    source: Source,
+    split: str,
+    skip_bad_rows: bool,
+    convert: Callable[[object, dict[str, None]], Any] = to_chat,
+) -> Placed[Any]:
+    """Read a split of a source as chats, or as what ``convert`` makes of a row, and say which columns are not used.
+
+    Args:
+        source: The data set.
+        split: Which part of it.
+        skip_bad_rows: Leave out rows that cannot be trained on, with a warning.
+        convert: As :func:`~.formats.to_chat`: takes a row, and a dict that gets the names of what is not used.
 
     Raises:
         ValueError: As :func:`load_chats`.
     """
     unused = dict[str, None]()
-    chats, places = read_rows(source, split, skip_bad_rows, lambda row: to_chat(row, unused))
+    rows, places = read_rows(source, split, skip_bad_rows, lambda row: convert(row, unused))
     say_unused(source, unused)
-    return PlacedChats(chats, places)
+    return Placed(rows, places)
 
 
 def say_unused(source: Source, unused: Mapping[str, None]) -> None:

@@ -185,3 +185,39 @@ def _summary(doc: object) -> str | None:
     # Generated docstrings (named tuples, some C functions) repeat the call instead of saying what it does.
     starts_well = sentence[:1].isupper() and not _LOOKS_LIKE_A_CALL.match(sentence)
     return sentence if starts_well and sentence.endswith((".", "!", "?")) and len(sentence) in _SUMMARY_CHARS else None
+
+
+# --- preferences -----------------------------------------------------------------------------------------------------
+
+#: A whole card, and nothing else.
+_API_CARD = re.compile(
+    r"name: \S.*\nmodule: \S.*\nkind: (?:class|function|method)\narguments: \S.*\nsummary: \S.*", re.ASCII
+)
+
+
+def is_api_card(text: str) -> bool:
+    """Whether a text has the form of a card: its five lines in their order, each with something in it."""
+    return _API_CARD.fullmatch(text.strip()) is not None
+
+
+def stdlib_card_preferences() -> Iterator[tuple[str, dict[str, str]]]:
+    """Preferences for a card over prose, made from :func:`stdlib_api_cards`: places and rows.
+
+    Both answers say the same, so that the form is all there is to learn::
+
+        prompt:    Describe `textwrap.shorten(text, width, **kwargs)`.
+        chosen:    name: shorten
+                   module: textwrap
+                   ...
+        rejected:  The `textwrap.shorten` function is part of Python's `textwrap` module. It takes the arguments text,
+                   width, **kwargs. Collapse and truncate the given text to fit in the given width.
+    """
+    for number, chat in enumerate(stdlib_api_cards(), start=1):
+        question, card = (message["content"] for message in chat["messages"])
+        fields = dict(line.split(": ", 1) for line in card.split("\n"))
+        takes = f"takes the arguments {fields['arguments']}" if fields["arguments"] != "none" else "takes no arguments"
+        prose = (
+            f"The `{fields['module']}.{fields['name']}` {fields['kind']} is part of Python's `{fields['module']}` "
+            f"module. It {takes}. {fields['summary']}"
+        )
+        yield f"row {number}", {"prompt": question, "chosen": card, "rejected": prose}

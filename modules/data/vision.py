@@ -34,7 +34,7 @@ from .options import DataOptions
 from .preview import SamplePreview
 from .sampler import CostGroupedSampler, GlobalBatchSampler
 from .samples import Collator, Sample
-from .sources import PlacedChats, Source, numbered, read_rows, say_unused
+from .sources import Placed, Source, numbered, read_rows, say_unused
 from .vocabulary import check_token_ids, choose_pad_token_id
 
 #: Images that take longer to decode than a user waits without a word.
@@ -159,7 +159,7 @@ class VisionDataModule(ChatDataModule):
         self.num_shrunk, self.image_tokens = 0, []
         return super()._read()
 
-    def _chats(self, source: Source, split: str) -> PlacedChats:
+    def _read_rows(self, source: Source, split: str) -> Placed[Any]:
         """Read rows, and decode their images once."""
         unused, skip = dict[str, None](), self.options.skip_bad_rows
         folder = self._folder(source)
@@ -170,14 +170,14 @@ class VisionDataModule(ChatDataModule):
             rank_zero_info(f"{source.name}: decoding {len(images)} images once, to find damaged ones before training.")
         found = iter(self.table.check(images))
         bad = BadRows(source.name, skip)
-        kept = PlacedChats([], [])
+        kept = Placed[Any]([], [])
         for (chat, held), place in zip(rows, places, strict=True):
             results = [next(found) for _ in held]
             errors = [result for result in results if isinstance(result, ValueError)]
             if errors:
                 bad.add(place, errors[0])
                 continue
-            kept.chats.append({**chat, "images": [str(digest) for digest in results]})
+            kept.rows.append({**chat, "images": [str(digest) for digest in results]})
             kept.places.append(place)
         bad.settle(len(rows))
         return kept
@@ -188,16 +188,16 @@ class VisionDataModule(ChatDataModule):
         path = Path(source.name)
         return path if path.is_dir() else path.parent
 
-    def _tokenize(self, source: Source, read: PlacedChats) -> Part:
+    def _tokenize(self, source: Source, read: Placed[Any]) -> Part:
         made = tokenize_image_chats(
-            self.processing, read.chats, self.table, self.seq_len, limits=self.image_options.limits,
+            self.processing, read.rows, self.table, self.seq_len, limits=self.image_options.limits,
             train_on=self.options.train_on, date=self.date, places=read.places,
             bad=BadRows(source.name, self.options.skip_bad_rows),
         )  # fmt: skip
         check_token_ids(made.samples, self.tokenizer, self.processing.embedding_rows)
         self.num_shrunk += made.num_shrunk
         self.image_tokens += made.image_tokens
-        chats = [read.chats[index] for index in made.kept]
+        chats = [read.rows[index] for index in made.kept]
         return Part(made.samples, chats, made.num_truncated, made.num_dropped, made.turn_ends)
 
     def _hold(self, train: Part, val: Part) -> None:

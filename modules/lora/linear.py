@@ -5,6 +5,8 @@ Shapes: B samples, S tokens per sample.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,10 +25,17 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
     [B, S, out], which keeps another tensor of that size in forward and in backward; here the r numbers of a token are
     scaled. A single adapter without dropout on a 4-bit base has no output of its own: see :class:`NF4Linear`. Variants
     of LoRA, which peft can add to a layer that stands already, are left to peft.
+
+    Attributes:
+        is_off: Compute the base layer alone: see :func:`adapters_off`.
     """
+
+    is_off = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, S, in] -> [B, S, out]."""
+        if self.is_off and not self.merged:
+            return self.base_layer(x)  # type: ignore[no-any-return]
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -58,3 +67,25 @@ class LoraLinear(peft_lora.Linear):  # type: ignore[misc]
     def _drops(self, name: str) -> bool:
         dropout = self.lora_dropout[name]
         return dropout.training and not isinstance(dropout, nn.Identity)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model alone, for as long as the context lasts, on whatever strategy: no parameter is touched.
+
+    peft's own way to disable adapters takes ``requires_grad`` off them and puts it back, which neither FSDP2 nor DDP
+    expects in training. A compiled layer has one graph more, made the first time.
+
+    Raises:
+        ValueError: If an adapter is merged into its layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    if merged := [layer for layer in layers if layer.merged]:
+        raise ValueError(f"{len(merged)} adapters are merged into their layers and cannot be off. Unmerge them first.")
+    try:
+        for layer in layers:
+            layer.is_off = True
+        yield
+    finally:
+        for layer in layers:
+            layer.is_off = False

@@ -210,8 +210,13 @@ def dpo(
         raise ValueError(f"dpo needs chosen and rejected sequences in equal number, got {log_probs.shape[0]} in all.")
     chosen, rejected = (log_probs - reference_log_probs).sum(-1).chunk(2)
     margin = beta * (chosen - rejected)
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss, margin.detach()
+    return logistic(margin, label_smoothing), margin.detach()
+
+
+def logistic(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """``-log sigmoid(margin)``, any shape; with ``label_smoothing``, the probability that the sign is wrong."""
+    loss = -F.logsigmoid(margin)
+    return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing else loss
 
 
 def of_scaled_logits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .functional import cross_entropy, of_scaled_logits
 
 
 class LossHead(nn.Linear):
-    """A linear layer H -> V that returns logits, or, given labels, the sum of their loss in chunks of tokens.
+    """A linear layer H -> V that returns logits, or, given labels, their loss, computed in chunks of tokens.
 
     Keeping both in one ``forward`` lets FSDP gather the weight [V, H] for either through its ordinary hooks.
 
@@ -22,6 +22,7 @@ class LossHead(nn.Linear):
         loss: ``loss(logits [C, V], labels [C], *per_token [C, *])`` -> one value per token [C], or their sum []; see
             :func:`~.chunked.linear_loss`. E.g. ``functools.partial(cross_entropy, label_smoothing=0.1, z_loss=1e-4)``.
         logit_scale: Logits are multiplied by it, in float32 (Granite: ``1 / logits_scaling``).
+        reduction: ``"sum"`` over the tokens that count; or ``"none"``, for losses that go on from values per token.
         softcap: Scaled logits become ``softcap * tanh(logits / softcap)``, in float32 (Gemma 2), if not ``None``.
     """
 
@@ -29,12 +30,13 @@ class LossHead(nn.Linear):
         self,
         *args: Any,
         loss: Loss = cross_entropy,
+        reduction: Literal["sum", "none"] = "sum",
         logit_scale: float = 1.0,
         softcap: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.loss, self.logit_scale, self.softcap = loss, logit_scale, softcap
+        self.loss, self.reduction, self.logit_scale, self.softcap = loss, reduction, logit_scale, softcap
 
     def forward(  # type: ignore[override]
         self,
@@ -45,6 +47,8 @@ class LossHead(nn.Linear):
         num_tokens: int | None = None,
     ) -> Tensor:
         """Logits [..., V], neither scaled nor capped; or with ``labels`` the float32 *sum* of the loss.
+
+        With ``reduction="none"`` it is the loss of each token [...], 0 for tokens that do not count.
 
         Args:
             hidden: [..., H].
@@ -71,8 +75,8 @@ class LossHead(nn.Linear):
                 )
             loss = functools.partial(of_scaled_logits, loss=loss, scale=self.logit_scale, softcap=self.softcap)
         value = linear_loss(
-            hidden, self.weight, labels, *per_token, loss=loss, bias=self.bias, num_tokens=num_tokens, reduction="sum",
-            **options,
+            hidden, self.weight, labels, *per_token, loss=loss, bias=self.bias, num_tokens=num_tokens,
+            reduction=self.reduction, **options,
         )  # fmt: skip
         if isinstance(value, tuple):
             raise ValueError(

@@ -49,7 +49,8 @@ class QLoRAForCausalLM(QLoRADecoder):
     ) -> CausalLMOutputWithPast:
         """As transformers' forward, but with ``labels`` [B, S] (int64, -100 = ignored) no logits are returned.
 
-        The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean.
+        The loss (float32, 0-dim) is the sum over predicted tokens divided by ``num_items_in_batch``, or their mean; if
+        the head's ``reduction`` is ``"none"``, it is [B, S], and the value at a position is that of the *next* token.
         ``num_loss_tokens`` is how many of ``labels[:, 1:]`` count: given it, the host need not wait for the device.
         ``loss_inputs`` are what the head's loss takes after the labels, each [B, S, ...]: the value at a position
         belongs to the token at that position, as its label does.
@@ -102,6 +103,8 @@ class QLoRAForCausalLM(QLoRADecoder):
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         more = [value.roll(-1, dims=1) for value in loss_inputs]
         total: Tensor = self.lm_head(hidden, targets, *more, num_tokens=num_loss_tokens)
+        if self.lm_head.reduction != "sum":
+            return total
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return total / count
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .causal_lm import QLoRACausalLM
     from .memory_plan import MemoryPlan, plan_memory
     from .optimizer import ShardAdamW
+    from .preference import QLoRAPreference
     from .run_directory import RunDirectory
     from .run_plan import RunPlan, plan_run
     from .sequence_classifier import QLoRASequenceClassifier
@@ -18,6 +19,7 @@ else:
 __all__ = [
     "MemoryPlan",
     "QLoRACausalLM",
+    "QLoRAPreference",
     "QLoRASequenceClassifier",
     "QLoRAVisionLanguage",
     "RunDirectory",

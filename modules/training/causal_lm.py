@@ -21,7 +21,7 @@ from ..models.causal_lm import LanguageModelHead, QLoRAForCausalLM
 from ..models.decoder import Head
 from ..models.options import ComputeOptions
 from .base import QLoRAModule
-from .generation import generate_answer, generate_answers
+from .generation import generate_answers, prompt_of
 
 #: What a batch holds beside the model's inputs: counts, as python ints, so that reading them waits for no device.
 _COUNTS = ("num_tokens", "num_loss_tokens")
@@ -124,40 +124,37 @@ class QLoRACausalLM(QLoRAModule):
 
     def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a one-turn chat with ``prompt``. All ranks of a sharded model must call it together."""
-        training = self.training
-        self.eval()
-        with self.trainer.precision_plugin.forward_context():
-            chat_format = self.chat_format or ChatFormat.of(self.model_dir)
-            text = generate_answer(
-                self._model, chat_format, [{"role": "user", "content": prompt}], device=self.device,
-                max_new_tokens=max_new_tokens,
-            )  # fmt: skip
-        self.train(training)
-        return text
+        return self.answers([prompt], max_new_tokens)[0]
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
-        """Greedy answers to many prompts, dealt over the ranks, which must all call it together with all prompts.
+        """Greedy answers to one-turn chats with each of ``prompts``; otherwise as :meth:`complete`."""
+        chat_format = self.chat_format or ChatFormat.of(self.model_dir)
+        texts = [prompt_of(chat_format, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        return self.complete(texts, max_new_tokens, batch_size)
+
+    def complete(self, texts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
+        """Greedy answers to many chats, dealt over the ranks, which must all call it together with all chats.
 
         Args:
-            prompts: Texts that end where the assistant's turn begins, as a chat template writes them.
+            texts: Each ends where the assistant's turn begins, as a chat template writes it.
             max_new_tokens: Tokens after which an answer is cut.
-            batch_size: Prompts that a rank answers at once.
+            batch_size: Chats that a rank answers at once.
 
         Returns:
             On all ranks, all answers.
         """
-        if not prompts:
+        if not texts:
             return []
-        share = math.ceil(len(prompts) / self.trainer.world_size)
+        share = math.ceil(len(texts) / self.trainer.world_size)
         first = self.global_rank * share
-        # As many on each rank, for the ranks of a sharded model compute together: the last ones may do some again.
-        mine = [prompts[index % len(prompts)] for index in range(first, first + share)]
+        # As many on each rank, because the ranks of a sharded model compute together: the last may repeat some.
+        mine = [texts[index % len(texts)] for index in range(first, first + share)]
         training = self.training
         self.eval()
         with self.trainer.precision_plugin.forward_context():
-            chat_format = self.chat_format or ChatFormat.of(self.model_dir)
-            texts = generate_answers(
-                self._model, chat_format, mine, device=self.device, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
+            answers = generate_answers(
+                self._model, self.chat_format or ChatFormat.of(self.model_dir), mine, device=self.device,
+                max_new_tokens=max_new_tokens, batch_size=batch_size,
+            )  # fmt: skip
         self.train(training)
-        return [text for part in gather_objects(texts) for text in part][: len(prompts)]
+        return [text for part in gather_objects(answers) for text in part][: len(texts)]

@@ -80,7 +80,8 @@ class Settings:
     Attributes:
         config: The base, of any family; all its projections are taken to be 4-bit, in blocks of 64, doubly quantized.
         lora: The adapters.
-        batch_size: Samples of a micro-batch on a rank.
+        batch_size: Samples of a micro-batch on a rank; documents, two per pair, where preferences are trained. The pass
+            without gradient of a reference comes before, keeps nothing, and takes less.
         seq_len: Tokens a sample, padding included.
         world_size: Number of ranks.
         strategy: As of ``build_strategy``.

@@ -149,6 +149,11 @@ class RunDirectory:
         """The adapter of each checkpoint, in ``step=N/``."""
         return self.root / "adapters"
 
+    @property
+    def reference(self) -> Path:
+        """Log-probabilities of a reference model, where preferences are trained with them computed beforehand."""
+        return self.root / "reference.safetensors"
+
     @staticmethod
     def adapter_meant_by(path: Path) -> Path | None:
         """The adapter of a run, if ``path`` is the run's directory or one of its checkpoints and it has one."""

@@ -352,6 +352,7 @@ def train_ours(
     batches: Callable[[int], list[dict[str, Any]]],
     meter: Meter,
     strategy: StrategyOptions,
+    *callbacks: L.Callback,
 ) -> None:
     """Train with the recipe's own stack."""
     trainer = L.Trainer(
@@ -365,7 +366,7 @@ def train_ours(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[meter],
+        callbacks=[meter, *callbacks],
     )
     trainer.fit(module, RandomData(batches))
 

@@ -18,7 +18,7 @@ from lightning_qlora.modules.hardware import Precision, PrecisionChoice
 from lightning_qlora.modules.lora.config import LoraOptions, default_lora, with_targets
 from lightning_qlora.modules.losses import cross_entropy
 from lightning_qlora.modules.models.options import ComputeOptions
-from lightning_qlora.modules.training.options import OptimizationOptions, RunOptions
+from lightning_qlora.modules.training.options import OptimizationOptions, PreferenceOptions, RunOptions
 
 GROUPS: list[Any] = [
     ModelOptions, DataOptions, BatchOptions, OptimizationOptions, LoraOptions, StrategyOptions, ComputeOptions,
@@ -53,6 +53,11 @@ def test_no_two_groups_have_a_field_in_common() -> None:
         (BatchOptions, {"batch_size": 0}, "--batch_size must be at least 1, got 0"),
         (BatchOptions, {"accumulate": 0}, "--accumulate must be at least 1, got 0"),
         (BatchOptions, {"seq_len": 1}, "--seq_len must be at least 2, got 1"),
+        (PreferenceOptions, {"loss": "ppo"}, "--loss must be one of dpo, ipo, orpo, kto, simpo, got 'ppo'"),
+        (PreferenceOptions, {"beta": 0.0}, r"--beta must be above 0 and finite, got 0\.0"),
+        (PreferenceOptions, {"loss": "ipo", "gamma": 1.0}, "--gamma is a setting of --loss simpo; --loss ipo has none"),
+        (PreferenceOptions, {"label_smoothing": 0.5}, "--label_smoothing must be below 0.5"),
+        (PreferenceOptions, {"loss": "orpo", "precompute_reference": True}, "--loss orpo has no reference model"),
         (OptimizationOptions, {"max_steps": 0}, "--max_steps must be at least 1, got 0"),
         (OptimizationOptions, {"epochs": 0.0}, r"--epochs must be a positive finite number, got 0\.0"),
         (OptimizationOptions, {"epochs": 2.0, "max_steps": 9}, r"Both --max_steps=9 and --epochs=2\.0 are given"),

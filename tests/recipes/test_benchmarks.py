@@ -295,3 +295,27 @@ def test_packing_records_what_the_recipe_measured_if_it_ended_well(scripts, tmp_
     training = json.loads((tmp_path / "packing.json").read_text())
     assert (training["columns"], training["rows"]) == (["run", "tokens/s"], [["padded 3", 2.5]])
     assert training["notes"].startswith("Samples of 5 to 9 tokens")
+
+
+# --- preference.py
+
+
+@pytest.mark.slow
+def test_preferences_are_measured_beside_trl_on_the_same_work(checkpoints, tmp_path):
+    pytest.importorskip("trl")
+    flags = {**FLAGS, "checkpoints": checkpoints, "results": tmp_path, "precision": "32-true", "commit": "a"}
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "preference.py"), *arguments(flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "preference.json").read_text())
+    ours, theirs = found["rows"]
+    assert (ours[0], theirs[0]) == ("lightning-qlora", "TRL + peft + bitsandbytes")
+    assert len(ours) == len(theirs) == len(found["columns"])
+    assert ours[5] == pytest.approx(2 * 2 * 32 / ours[6] * 1000)
+    # bitsandbytes rounds dequantized weights to the dtype that was quantized, bfloat16.
+    assert ours[-1] == pytest.approx(theirs[-1], rel=1e-3)
+    for run in found["runs"].values():
+        assert len(run["losses"]) == 5
+        assert run["losses"][0] == pytest.approx(0.693147, abs=1e-4)
+        assert run["losses"][-1] != run["losses"][0]

@@ -27,8 +27,8 @@ class Ask(Callback):
             str(chat_format.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
             for chat in chats
         ]
-        self.together = pl_module.answers(prompts, 12, batch_size=2)
-        self.none = pl_module.answers([], 12)
+        self.together = pl_module.complete(prompts, 12, batch_size=2)
+        self.none = pl_module.complete([], 12)
         assert pl_module.training
         pl_module.eval()
         self.alone = [

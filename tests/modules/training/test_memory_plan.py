@@ -29,6 +29,8 @@ from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsChe
 from lightning_qlora.modules.dtensor import local_tensor
 from lightning_qlora.modules.hardware import capabilities, compute_dtype
 from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.lora.linear import adapters_off
+from lightning_qlora.modules.losses import token_log_probs
 from lightning_qlora.modules.models.build import build_model, materialize
 from lightning_qlora.modules.models.causal_lm import QLoRAForCausalLM
 from lightning_qlora.modules.models.families import load_config
@@ -236,6 +238,24 @@ def settings_of(shape: str, **options: Any) -> Settings:
 def test_what_a_step_keeps_and_needs(shape, precision, checkpointing):
     settings = settings_of(shape, precision=precision, checkpoint_activations=checkpointing)
     assert planned(plan_memory(settings)) == pytest.approx(measure(settings), rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_pairs_take_what_their_documents_do_and_their_reference_no_more(checkpointing):
+    """The plan of a preference loss is that of two documents per pair: the pass of the reference is never the peak."""
+    settings = settings_of("grouped heads", checkpoint_activations=checkpointing)
+    model = build(settings, "cpu")
+    model.lm_head.loss, model.lm_head.reduction = token_log_probs, "none"
+    ids = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.long)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with torch.no_grad(), adapters_off(model):
+            reference = forward(model, settings, ids).sum(-1)
+        left, peak_of_reference, live.peak = live.now, live.peak, 0
+        chosen, rejected = (forward(model, settings, ids).sum(-1) - reference).unbind()
+        torch.nn.functional.logsigmoid(chosen - rejected).neg().backward()
+    needed = planned(plan_memory(settings))[2]
+    assert left < 0.01 * live.peak  # sums of log-probabilities, and what torch caches
+    assert peak_of_reference < live.peak == pytest.approx(needed, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
