@@ -62,6 +62,10 @@ class SegmentAttention(AttentionBackend):
                 f"The vision tower's attention_dropout is {dropout}, which attention per image does not have. Set it "
                 "to 0 in the vision_config of config.json."
             )
+        # Rotary embeddings may come in float32, and autocast does not see into the operator that torch.compile makes.
+        on = torch.is_autocast_enabled(value.device.type)
+        dtype = torch.get_autocast_dtype(value.device.type) if on else value.dtype
+        query, key, value = (each.to(dtype) for each in (query, key, value))
         return attend_documents(query, key, value, prepared, window=None, scale=scale), None
 
 

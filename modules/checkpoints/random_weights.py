@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,14 @@ import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from .demo_model import DEMO_MODEL
 from .resolve import resolve_model
@@ -146,6 +154,83 @@ def write_random_checkpoint(directory: str | Path, shape: Shape, *, quantized: b
         (complete / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         complete.rename(directory)
     return directory
+
+
+#: Vision-language models: ``model_type``, and their configuration in transformers.
+VISION_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-vl": ("qwen2_5_vl", {
+        "image_token_id": 290, "video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293,
+        "text_config": {
+            "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 300,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 44, "num_heads": 2, "out_hidden_size": 64,
+            "window_size": 112, "fullatt_block_indexes": [1],
+        },
+    }),
+    "qwen2.5-vl-7b": ("qwen2_5_vl", {
+        "text_config": {
+            "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+            "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    }),
+    "llava-1.5-7b": ("llava", {
+        "text_config": {
+            "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+        },
+    }),
+}  # fmt: skip
+
+
+def vision_checkpoint_of(name: str, directory: Path = CHECKPOINTS) -> Path:
+    """The bfloat16 checkpoint of a vision-language shape below ``directory``, written if it is not there.
+
+    Decoder layers and blocks of the tower have a file each.
+    """
+    path, (model_type, sizes) = directory / f"{name}-bf16", VISION_SHAPES[name]
+    if path.exists():
+        return path
+    config: PretrainedConfig = AutoConfig.for_model(model_type, dtype="bfloat16", tie_word_embeddings=False, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    generator, files = torch.Generator().manual_seed(0), dict[str, dict[str, tuple[int, ...]]]()
+    for key, parameter in model.named_parameters():
+        part = re.match(r".*\.(layers|blocks)\.\d+\.", key)
+        files.setdefault("rest" if part is None else part[0], {})[key] = tuple(parameter.shape)
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        complete = Path(scratch) / path.name
+        config.save_pretrained(complete)
+        for number, shapes in enumerate(files.values(), start=1):
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            tensors = {key: _any_weight(key, shape, generator) for key, shape in shapes.items()}
+            save_file(tensors, complete / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+        (complete / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        complete.rename(path)
+    return path
+
+
+def _any_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A norm's weight of ones, a bias of zeros, or random values by their fan-in."""
+    if len(shape) == 1:
+        return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16)
+    return _dense_weight(name, (shape[0], math.prod(shape[1:])), generator)[name].view(shape)
 
 
 def checkpoint_of(name: str, directory: Path = CHECKPOINTS, quantized: bool = True) -> Path:

@@ -25,7 +25,7 @@ from ._gguf_architecture import Names, architecture_of, transformed, write_confi
 from ._gguf_tokenizer import read_vocabulary
 from ._gguf_types import FileType, Place, byte_shape, convert, find_file_type, tensor_type
 from .llama_cpp import Verified, verify_gguf
-from .weights import FinetunedWeights, adapter_config, read_updates
+from .weights import FinetunedWeights, LoraUpdate, adapter_config, read_updates
 
 #: Called with the bytes written so far and those of the whole file.
 Progress = Callable[[int, int], None]
@@ -168,6 +168,7 @@ def export_gguf_adapter(
     alpha = float(adapter_config(adapter).lora_alpha)
     planned = []
     for source, update in updates.items():
+        assert isinstance(update, LoraUpdate), "load_config lets no vision-language model through"
         # llama.cpp scales by alpha / rank. What this layer's scaling is beyond that goes into B.
         b = update.b * (update.scaling / (alpha / update.b.shape[1]))
         b = transformed(architecture, config, source, b)

@@ -24,7 +24,7 @@ from ..checkpoints.chat_format import copy_changes
 from ..checkpoints.safetensors_files import INDEX_NAME, SafetensorsCheckpoint
 from ..models.families import family_of
 from .stock_layer import stock_layer
-from .weights import FinetunedWeights, LoraUpdate
+from .weights import FinetunedWeights, LoraUpdate, Replacement
 
 #: What stands beside the weights in a transformers directory and holds as well for the merged model.
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "LICENSE*")
@@ -95,7 +95,8 @@ def merge_adapter(
         dtype: Of the result; ``None`` keeps the base's (that of its embeddings).
         max_shard_size: Largest file, in bytes or as ``"500MB"``. Memory holds one.
         quantize_base: Round the projections of a 16-bit base to NF4 and back, as training on them did.
-        check_ids: Tokens int64 [S] whose logits are to agree: see :class:`Parity`.
+        check_ids: Tokens int64 [S] whose logits are to agree: see :class:`Parity`. Of a vision-language model, this
+            checks the language model; and its layers are not read by transformers for comparison, as others' are.
 
     Raises:
         ValueError: If the adapter does not fit the base or cannot be merged, ``output`` exists, the disk is too small,
@@ -104,7 +105,7 @@ def merge_adapter(
     base, output = Path(base), Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already. Name a new directory.")
-    weights = FinetunedWeights(base, adapter, quantize_base=quantize_base)
+    weights = FinetunedWeights(base, adapter, quantize_base=quantize_base, vision=None)
     config = weights.config
     dtype = dtype or weights.dtype
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in weights.shapes.items()}
@@ -135,7 +136,8 @@ def merge_adapter(
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (staged / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if check_ids is not None:
-            for index in sorted({0, config.num_hidden_layers - 1}):
+            layers = sorted({0, config.get_text_config().num_hidden_layers - 1})
+            for index in layers if family_of(config).vision is None else ():
                 _check_layer(base, staged, weights.updates, index, Path(scratch) / f"layer-{index}", quantize_base)
             parity = _check_parity(weights, staged, check_ids)
             if not parity.difference <= parity.tolerance:
@@ -171,13 +173,18 @@ def _check_disk(directory: Path, needed: int) -> None:
 
 
 def _check_layer(
-    base: Path, merged: Path, updates: dict[str, LoraUpdate], index: int, scratch: Path, quantize_base: bool
+    base: Path,
+    merged: Path,
+    updates: dict[str, LoraUpdate | Replacement],
+    index: int,
+    scratch: Path,
+    quantize_base: bool,
 ) -> None:
     """Compare a layer of the merged files with the base as transformers reads it, plus the adapter's update."""
     stored = SafetensorsCheckpoint(merged)
     for name, weight in stock_layer(base, index, scratch, quantize=quantize_base).items():
         expected = weight.float()
-        if update := updates.get(name):
+        if isinstance(update := updates.get(name), LoraUpdate):
             expected = expected + update.scaling * (update.b @ update.a)
         found = stored.get(name)
         # One rounding to the dtype of the files, and the sums of the update in another order.
@@ -196,12 +203,12 @@ def _check_layer(
 
 def _check_parity(weights: FinetunedWeights, merged: Path, ids: Tensor) -> Parity:
     """Compare logits of the merged files with those of base and adapter on ``ids`` int64 [S]."""
-    result = FinetunedWeights(merged)
+    result = FinetunedWeights(merged, vision=None)
     found, eps = result.logits(ids), torch.finfo(result.dtype).eps + 16 * torch.finfo(torch.float32).eps
     result.close()
     expected, unadapted = weights.logits(ids), weights.logits(ids, adapted=False)
     deviation = float((expected - expected.mean(-1, keepdim=True)).std())
-    tolerance = 15 * eps / 4 * math.sqrt(7 * weights.config.num_hidden_layers) * deviation
+    tolerance = 15 * eps / 4 * math.sqrt(7 * weights.config.get_text_config().num_hidden_layers) * deviation
     return Parity(
         float((found - expected).abs().max()), tolerance, float((expected - unadapted).abs().max())
     )  # fmt: skip

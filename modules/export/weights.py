@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +43,35 @@ class LoraUpdate:
         return (self.b @ self.a).mul_(self.scaling).add_(weight)
 
 
-def adapter_config(adapter: str | Path) -> LoraConfig:
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that was trained in full, in place of the base's: of a vision-language model's projector.
+
+    Attributes:
+        trained: float32, of the base's shape.
+    """
+
+    trained: Tensor
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The trained tensor."""
+        return self.trained
+
+
+def adapter_config(adapter: str | Path, trained_modules: Sequence[str] | None = ()) -> LoraConfig:
     """The configuration of a peft adapter that can be merged.
+
+    Args:
+        adapter: Its directory.
+        trained_modules: Modules that may have been trained in full, of a vision-language model its projector's;
+            ``None`` allows any, for whoever checks them later.
 
     Raises:
         ValueError: If ``adapter`` is no directory of a LoRA adapter, or of a variant that is more than
             ``W + scaling * B @ A`` (DoRA, trained biases, ``modules_to_save``, ...).
     """
     return read_adapter_config(
-        adapter, "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        adapter, "Merge it with peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().", trained_modules
     )
 
 
@@ -82,7 +103,7 @@ def find_base(model: str | None, adapter: str | Path) -> Base:
     Raises:
         ValueError: If the adapter cannot be merged, or there is no such base.
     """
-    trained_on = adapter_config(adapter).base_model_name_or_path or ""
+    trained_on = adapter_config(adapter, None).base_model_name_or_path or ""
     if not (model or trained_on):
         raise ValueError(f"{adapter} does not name its base. Pass --model.")
     try:
@@ -100,21 +121,27 @@ def _last_part(model: str, directory: Path) -> str:
     return Path(base_name(model, directory)).name
 
 
-def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, LoraUpdate]:
+def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, LoraUpdate | Replacement]:
     """Weight name -> update. peft itself says which layers are adapted, and with which scaling.
+
+    What was trained in full is in it too, which only a vision-language model's projector may have been.
 
     Raises:
         ValueError: If the adapter does not fit a model of ``config``, is not finite, or cannot be merged.
     """
-    lora = adapter_config(adapter)
+    vision = family_of(config).vision
+    lora = adapter_config(adapter, () if vision is None else vision.projector_modules(config))
     state = read_adapter(adapter, lora)
     with torch.device("meta"):
         model = family_of(config).model_class(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    in_full, lora = tuple(lora.modules_to_save or ()), copy.copy(lora)
+    lora.modules_to_save = None
     try:
         inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ValueError(f"{adapter} does not fit the base: {error}") from error
-    updates = {}
+    updates: dict[str, LoraUpdate | Replacement] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -132,6 +159,12 @@ def read_updates(adapter: str | Path, config: PretrainedConfig) -> dict[str, Lor
                 f"rank {rank}. The adapter was made for another model."
             )
         updates[f"{name}.weight"] = LoraUpdate(a, b, layer.scaling["default"])
+    for name, shape in shapes.items():
+        if any(f".{module}." in f".{name}" for module in in_full):
+            trained = _take(state, adapter, f"base_model.model.{name}")
+            if trained.shape != shape:
+                raise ValueError(f"{adapter}: {name!r} has shape {tuple(trained.shape)}, not {tuple(shape)}.")
+            updates[name] = Replacement(trained)
     if state:
         raise ValueError(
             f"{adapter} holds {min(state)!r}, which is no LoRA weight of the base. It is for another model, or was "
@@ -156,7 +189,8 @@ class FinetunedWeights:
     Args:
         base: The base model's directory, 16-bit or bitsandbytes 4-bit.
         adapter: Directory of a LoRA adapter in peft's format.
-        quantize_base: Round the projections of a 16-bit base to NF4 and back, as training on them did.
+        quantize_base: Round the language model's projections of a 16-bit base to NF4 and back, as training on them did.
+        vision: As of :func:`~lightning_qlora.modules.models.families.load_config`.
 
     Attributes:
         config: The base's configuration.
@@ -170,8 +204,11 @@ class FinetunedWeights:
             adapter does not fit it.
     """
 
-    def __init__(self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False) -> None:
-        self.config = load_config(base)
+    def __init__(
+        self, base: str | Path, adapter: str | Path | None = None, *, quantize_base: bool = False,
+        vision: bool | None = False,
+    ) -> None:  # fmt: skip
+        self.config = load_config(base, vision=vision)
         self.adapter = None if adapter is None else Path(adapter)
         self.updates = {} if adapter is None else read_updates(adapter, self.config)
         self.checkpoint = SafetensorsCheckpoint(base)
@@ -180,6 +217,8 @@ class FinetunedWeights:
         self._quantized = (
             tuple(f"{each}.weight" for each in family_of(self.config).projections) if quantize_base else ()
         )
+        side = family_of(self.config).vision
+        self._decoder = "model." if side is None else f"model.{side.language_model}."
         self.is_4bit = self.checkpoint.is_quantized or quantize_base
         with torch.device("meta"):
             state = family_of(self.config).model_class(self.config).state_dict()
@@ -198,7 +237,7 @@ class FinetunedWeights:
     @property
     def dtype(self) -> torch.dtype:
         """Of the base's embeddings."""
-        return self.checkpoint.get("model.embed_tokens.weight").dtype
+        return self.checkpoint.get(self.checkpoint.embedding).dtype
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         state = self.checkpoint.quant_state(name)
@@ -217,7 +256,7 @@ class FinetunedWeights:
             parts = {key: self.checkpoint.get(key) for key in self.checkpoint if key.startswith(prefix)}
             quant_state = QuantState.from_dict(parts, device=torch.device("cpu"))
             return dequantize_quant_state(stored, quant_state, dtype=torch.float32)
-        if name.endswith(self._quantized):
+        if name.startswith(self._decoder) and name.endswith(self._quantized):
             return dequantize_4bit(Quantized4bit.quantize(stored), dtype=torch.float32)
         return stored
 
@@ -255,8 +294,10 @@ class FinetunedWeights:
         weight = self.base if rounded is None else lambda name: rounded(name, self.merged(name))
         for name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(_load_before(weight, name, self.config.tie_word_embeddings))
-                module.register_forward_hook(_unload_after(updates.get(f"{name}.weight")))
+                tied = self.checkpoint.embedding if self.config.tie_word_embeddings else None
+                update = updates.get(f"{name}.weight")
+                module.register_forward_pre_hook(_load_before(weight, name, tied))
+                module.register_forward_hook(_unload_after(update if isinstance(update, LoraUpdate) else None))
         batch = ids if ids.ndim == 2 else ids[None]
         logits: Tensor = model(input_ids=batch, use_cache=False, logits_to_keep=0 if keep is None else keep).logits
         return logits if ids.ndim == 2 else logits[0]
@@ -305,12 +346,12 @@ def logit_difference(first: FinetunedWeights, second: FinetunedWeights, ids: Ten
     )  # fmt: skip
 
 
-def _load_before(weight: Callable[[str], Tensor], name: str, tied: bool) -> Callable[[nn.Module, object], None]:
+def _load_before(weight: Callable[[str], Tensor], name: str, tied: str | None) -> Callable[[nn.Module, object], None]:
     def load(module: nn.Module, _: object) -> None:
         for attribute, _parameter in list(module.named_parameters(recurse=False)):
             full = f"{name}.{attribute}"
-            if full == "lm_head.weight" and tied:
-                full = "model.embed_tokens.weight"
+            if full == "lm_head.weight" and tied is not None:
+                full = tied
             setattr(module, attribute, nn.Parameter(weight(full).float(), requires_grad=False))
 
     return load

@@ -121,6 +121,8 @@ def build_structure(
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.is_trained(name))
+        if model.is_trained(name):  # parts of vision-language models are built in the dtype of config.json
+            parameter.data = parameter.data.float()
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"LoRA target_modules {lora.target_modules} match no layer. Choose from {family.projections}.")
     return model

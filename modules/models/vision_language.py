@@ -79,22 +79,34 @@ class QLoRAForVisionLanguage(QLoRAForCausalLM):
         document_lengths: list[list[int]] | None = None,
         loss_inputs: tuple[Tensor, ...] = (),
         num_image_tokens: int | None = None,
-        **images: Any,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As transformers' forward, but with ``labels`` [B, S] no logits are returned; see :class:`QLoRAForCausalLM`.
 
-        ``images`` are the processor's: ``pixel_values`` of all samples in order, and what the family has beside it. A
-        batch without images has none of them. ``num_image_tokens``, how many of ``input_ids`` are placeholders, spares
-        a wait for the device.
+        Images come as the family's processor makes them: ``pixel_values`` of all samples in order, and what the family
+        has beside it. A batch without images has none of them. ``num_image_tokens``, how many of ``input_ids`` are
+        placeholders, spares a wait for the device.
 
         Raises:
-            ValueError: If placeholders are not as many as the images' tokens, the family does not take one of
-                ``images``, or ``document_lengths`` are given with images where positions or attention depend on them.
+            ValueError: If placeholders are not as many as the images' tokens, the family does not take one of the
+                inputs, or ``document_lengths`` are given with images where positions or attention depend on them.
         """
-        kwargs = {name: images.pop(name) for name in list(images) if name not in self._image_inputs}
-        images = {name: value for name, value in images.items() if value is not None}
-        if input_ids is not None and images.get("pixel_values") is not None:
+        given = {
+            "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_sizes": image_sizes,
+            "pixel_attention_mask": pixel_attention_mask, "mm_token_type_ids": mm_token_type_ids,
+            "token_type_ids": token_type_ids,
+        }  # fmt: skip
+        images = {name: value for name, value in given.items() if value is not None}
+        if input_ids is not None and pixel_values is not None:
             images |= self._token_types(input_ids, images)
+        if unknown := sorted(images.keys() - {"pixel_values", *self.vision.inputs}):
+            raise ValueError(f"{self.family.name} does not take {', '.join(unknown)}. Leave it out of the batch.")
         if labels is None or input_ids is None:
             if document_lengths is not None:
                 raise ValueError("document_lengths are for training: pass labels and input_ids with them.")
@@ -105,7 +117,7 @@ class QLoRAForVisionLanguage(QLoRAForCausalLM):
                     logits_to_keep=logits_to_keep, **images, **kwargs,
                 )  # fmt: skip
         if kwargs:
-            raise ValueError(f"{self.family.name} does not take {', '.join(sorted(kwargs))}.")
+            raise ValueError(f"With labels, the model does not take {', '.join(sorted(kwargs))}. Leave it out.")
         has_images = "pixel_values" in images
         if has_images and document_lengths is not None and (self.vision.mrope or self.vision.images_see_themselves):
             raise ValueError(
@@ -129,9 +141,12 @@ class QLoRAForVisionLanguage(QLoRAForCausalLM):
         loss = self.loss_of(outputs.last_hidden_state, labels, num_items_in_batch, num_loss_tokens, loss_inputs)
         return CausalLMOutputWithPast(loss=loss)
 
-    @property
-    def _image_inputs(self) -> set[str]:
-        return {"pixel_values", *self.vision.inputs}
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', which is told what tokens are an image's where the caller does not say."""
+        ids = kwargs.get("input_ids", inputs)
+        if ids is not None and kwargs.get("pixel_values") is not None:
+            kwargs |= self._token_types(ids, kwargs)
+        return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
     def _token_types(self, input_ids: Tensor, images: dict[str, Any]) -> dict[str, Tensor]:
         """Which tokens are an image's, under the family's name: transformers silently computes as if none were, if it
@@ -254,6 +269,16 @@ class QLoRAForVisionLanguage(QLoRAForCausalLM):
             self.config, self.family.projections, tower=options.vision_lora, projector=options.projector == "lora"
         )
         return matches(pattern, name)
+
+    def left_unadapted(self) -> str | None:
+        """What the options say is adapted and no adapter is on, as the beginning of a sentence; ``None``: nothing."""
+        adapted = [name for name, _ in self.named_parameters() if is_adapter(name)]
+        in_tower = any(f"model.{self.vision.tower}." in n and not self._is_projector(n) for n in adapted)
+        if self.options.vision_lora and not in_tower:
+            return "The vision tower (--vision_lora) is"
+        if self.options.projector == "lora" and not any(self._is_projector(name) for name in adapted):
+            return "The projector (--projector=lora) is"
+        return None
 
     def quantizes(self, name: str) -> bool:
         """The language model's layers and, if so configured, those of the tower's blocks."""

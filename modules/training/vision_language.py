@@ -13,14 +13,40 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..lora.adapter_files import read_adapter
+from ..lora.config import read_adapter_config
 from ..losses.functional import cross_entropy
-from ..models.families import load_config
+from ..models.causal_lm import QLoRAForCausalLM
+from ..models.families import VISION_FAMILIES, load_config
 from ..models.options import ComputeOptions
 from ..models.vision_language import QLoRAForVisionLanguage, VisionLanguageHead, VisionOptions
 from .causal_lm import QLoRACausalLM
 
 #: What of a batch stays on the host, where it is read: sizes of images.
 _ON_THE_HOST = ("image_grid_thw", "image_sizes")
+
+
+def _check_adapter(adapter: str | Path, head: VisionLanguageHead) -> None:
+    """Refuse to continue from an adapter of a language model, or of another trained projector.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    lora = read_adapter_config(adapter, trained_modules=None)
+    in_full = set(lora.modules_to_save or ())
+    if in_full != set(head.trained_modules):
+        asked = ", ".join(head.trained_modules) or "none"
+        raise ValueError(
+            f"The adapter in {adapter} holds modules that were trained in full "
+            f"({', '.join(sorted(in_full)) or 'none'}), this run trains {asked}. Set --projector as for the adapter."
+        )
+    side = VISION_FAMILIES[head.model_type].vision
+    assert side is not None
+    if not any(f".{side.language_model}." in key for key in read_adapter(adapter, lora)):
+        raise ValueError(
+            f"The adapter in {adapter} was made for a language model alone: it adapts no layer of "
+            f"model.{side.language_model}. Continue from an adapter of this vision-language model."
+        )
 
 
 class QLoRAVisionLanguage(QLoRACausalLM):
@@ -60,13 +86,33 @@ class QLoRAVisionLanguage(QLoRACausalLM):
     ) -> None:
         config = load_config(model_dir, vision=True)
         head = VisionLanguageHead.of(config, vision)
+        if init_adapter is not None:
+            _check_adapter(init_adapter, head)
         super().__init__(
             model_dir, lora, loss=loss, loss_inputs=loss_inputs, learning_rate=learning_rate,
             warmup_steps=warmup_steps, schedule=schedule, weight_decay=weight_decay, compute=compute, packing=packing,
             compile_backend=compile_backend, head=head, init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.vision = vision
-        self._inputs = self.inputs_of(QLoRAForVisionLanguage) - {"images"} | set(head.inputs)
+        of_images = {
+            "pixel_values",
+            *(name for row in VISION_FAMILIES.values() if row.vision for name in row.vision.inputs),
+        }
+        self._inputs = self.inputs_of(QLoRAForVisionLanguage) - of_images | set(head.inputs)
+
+    def adapt(self, model: QLoRAForCausalLM) -> None:
+        """As :meth:`QLoRACausalLM.adapt`.
+
+        Raises:
+            ValueError: If the LoRA configuration is of an adapter that leaves out what ``vision`` asks for.
+        """
+        super().adapt(model)
+        assert isinstance(model, QLoRAForVisionLanguage)
+        if left_out := model.left_unadapted():
+            raise ValueError(
+                f"{left_out} to be adapted, but LoRA target_modules {self.lora.target_modules!r} match nothing there. "
+                "An adapter to continue from decides what is adapted: ask for the same, or start without it."
+            )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Compute on the host what the device would be waited for: positions, and how many tokens are an image's."""

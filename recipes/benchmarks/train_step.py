@@ -443,8 +443,9 @@ def train_peer(
 
 
 def record_run(
-    settings: list[Any], figures: dict[str, Any], directory: Path, commit: str | None, profile: str | None
-) -> None:
+    settings: list[Any], figures: dict[str, Any], directory: Path, commit: str | None, profile: str | None = None,
+    name: str = "train_step",
+) -> None:  # fmt: skip
     """Print a run and add it to the record, which keeps its other rows if they are of the same machine and code.
 
     Args:
@@ -453,6 +454,7 @@ def record_run(
         directory: Of the record.
         commit: Of the code measured.
         profile: A table for a text file of its own.
+        name: Of the record.
     """
     label = ", ".join(str(value) for value in settings)
     print(json.dumps({"run": label, **figures}, indent=1))
@@ -460,10 +462,10 @@ def record_run(
         *settings, figures["tokens_per_s"], figures["step_ms"]["p50"], max(figures["train_allocated_gib"]),
         max(figures["load_allocated_gib"]), max(figures["load_s"]), max(figures["load_host_gib"]),
     ]  # fmt: skip
-    path = directory / "train_step.json"
+    path = directory / f"{name}.json"
     before = json.loads(path.read_text()) if path.is_file() else None
     notes = "Random weights; tokens/s of all devices together; the host's peak is above what it had before."
-    save = functools.partial(save_record, "train_step", COLUMNS, notes=notes, directory=directory, commit=commit)
+    save = functools.partial(save_record, name, COLUMNS, notes=notes, directory=directory, commit=commit)
     now = json.loads(save([row], runs={label: figures}).read_text())
     if before and _origin(before) == _origin(now):
         others = [old for old in before["rows"] if old[: len(settings)] != settings]
@@ -473,7 +475,7 @@ def record_run(
     if profile is not None:
         print(profile)
         slug = re.sub(r"[^\w.]+", "-", label)
-        (directory / f"train_step-{slug}.profile.txt").write_text(f"{label}\n{profile}\n")
+        (directory / f"{name}-{slug}.profile.txt").write_text(f"{label}\n{profile}\n")
 
 
 def _origin(record: dict[str, Any]) -> list[Any]:

@@ -13,17 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
 from lightning_qlora.modules.dtensor import copy_local_rows
+from lightning_qlora.modules.export.merge import merge_adapter
 from lightning_qlora.modules.lora.adapter_files import load_adapter, save_adapter
 from lightning_qlora.modules.lora.config import default_lora, with_head
 from lightning_qlora.modules.models.build import build_model, materialize
-from lightning_qlora.modules.models.families import load_config
+from lightning_qlora.modules.models.families import VISION_FAMILIES, load_config
 from lightning_qlora.modules.models.vision_language import (
     QLoRAForVisionLanguage,
     VisionLanguageHead,
@@ -126,6 +128,18 @@ def test_logits_are_those_of_transformers_and_peft(name, model, peer, stock):
     expected = peer.eval()(**batch).logits[tokens]
     torch.testing.assert_close(model.eval()(**batch).logits[tokens], expected, rtol=1e-5, atol=1e-5)
     assert (expected - stock(**batch).logits[tokens]).abs().max() > 0.05, "what is trained would not matter"
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "gemma3"], indirect=True)
+@pytest.mark.filterwarnings("ignore")
+def test_greedy_tokens_are_those_of_transformers_and_peft(name, model, peer):
+    """Without token types, which transformers needs."""
+    batch = batch_of(name, [2], length=1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch.pop("labels")
+    expected = peer.eval().generate(**batch, **options)
+    batch = {key: value for key, value in batch.items() if not key.endswith("token_type_ids")}
+    assert torch.equal(model.eval().generate(**batch, **options), expected)
 
 
 def test_loss_and_gradients_are_those_of_transformers_and_peft(name, model, peer):
@@ -251,6 +265,82 @@ def test_the_memory_plan_knows_the_bytes_of_the_weights(directory, model):
     }
     assert {part: plan.moments["step"][part] for part in held} == held
     assert plan.moments["vision"]["working memory"] > 0
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"], indirect=True)
+def test_the_merged_model_is_that_of_stock_peft(name, directory, model, peer, tmp_path):
+    options = VisionOptions(vision_lora=True, projector="full")
+    ours = load(directory, options)
+    save_adapter(ours, tmp_path / "adapter", lora_of(directory, options), str(directory))
+    merged = merge_adapter(
+        directory, tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32, quantize_base=True,
+        check_ids=torch.arange(3, 40),
+    )  # fmt: skip
+    assert merged.parity is not None
+    stock = dequantized(directory, ours)
+    theirs = PeftModel.from_pretrained(stock, tmp_path / "adapter").merge_and_unload().state_dict()
+    found, report = ours.family.model_class.from_pretrained(
+        merged.directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(found.state_dict(), theirs, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def older(name: str) -> str:
+    """What checkpoints on the hub call a weight."""
+    if name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "language_model.model.")
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    return name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def older_qwen(name: str) -> str:
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+@pytest.mark.parametrize(("name", "rename"), [("llava", older), ("qwen2_5_vl", older_qwen)], indirect=["name"])
+def test_checkpoints_with_names_of_older_versions_are_read(name, rename, directory, model, tmp_path):
+    checkpoint = SafetensorsCheckpoint(directory)
+    state = {rename(key): checkpoint.get(key) for key in checkpoint}
+    assert state.keys() != set(checkpoint)
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = load(tmp_path)
+    assert dict(found.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    for (key, ours), (_, theirs) in zip(found.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), key
+    state.pop(min(state))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks .*, which the model needs"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"], indirect=True)
+def test_a_4bit_checkpoint_is_loaded_byte_for_byte_but_for_the_projector_that_is_trained(name, directory, tmp_path):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    family = VISION_FAMILIES[load_config(directory, vision=True).model_type]
+    theirs = family.model_class.from_pretrained(directory, quantization_config=quantization, device_map="cpu")
+    theirs.save_pretrained(tmp_path)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    options = VisionOptions(projector="full")
+    model = build_model(checkpoint, lora_of(tmp_path, options), head=head_of(tmp_path, options), dtype=torch.bfloat16)
+    materialize(model, checkpoint, torch.device("cpu"), seed=0)
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    assert any("language_model" in key for key in layers)
+    assert any("vis" in key for key in layers), "the checkpoint has the tower in 4 bits"
+    for key, layer in layers.items():
+        stored = theirs.get_submodule(key.removesuffix(".base_layer")).weight
+        assert torch.equal(layer.quantized().packed, stored.data.view(torch.uint8).flatten())
+        assert torch.equal(layer.quantized().absmax, stored.quant_state.absmax)
+    projector = "multi_modal_projector.linear_1" if name == "llava" else "visual.merger.mlp.0"
+    trained = model.model.get_submodule(projector).weight
+    assert trained.requires_grad
+    torch.testing.assert_close(trained.data, checkpoint.dense(f"model.{projector}.weight"))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks

@@ -9,7 +9,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+from lightning_qlora.modules.checkpoints.safetensors_files import SafetensorsCheckpoint
+from lightning_qlora.modules.lora.adapter_files import save_adapter
 from lightning_qlora.modules.lora.config import default_lora
+from lightning_qlora.modules.models.build import build_model
 from lightning_qlora.modules.models.options import ComputeOptions
 from lightning_qlora.modules.models.vision_language import VisionOptions
 from lightning_qlora.modules.training.vision_language import QLoRAVisionLanguage
@@ -45,8 +48,8 @@ def run(directory: Path, name: str, adapter: Path, strategy: str = "auto", **opt
     rank = torch.distributed.get_rank() if devices > 1 else 0
     batches = [batch_of(name, images, seed=number) for number, images in enumerate(IMAGES)]
     mine = batches[rank::devices]
-    options = {"vision": VISION, "compute": ComputeOptions(checkpoint_activations="all"), **options}
-    module = QLoRAVisionLanguage(directory, default_lora(4), learning_rate=1e-2, schedule="constant", **options)
+    defaults = {"lora": default_lora(4), "vision": VISION, "compute": ComputeOptions(checkpoint_activations="all")}
+    module = QLoRAVisionLanguage(directory, learning_rate=1e-2, schedule="constant", **{**defaults, **options})
     watch = Watch()
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, max_steps=3, accumulate_grad_batches=2 // devices,
@@ -59,16 +62,19 @@ def run(directory: Path, name: str, adapter: Path, strategy: str = "auto", **opt
     return {"losses": watch.losses, "held": watch.held, "flops": module.flops_per_token(40)}
 
 
-def on_ranks(directory: Path, name: str, adapter: Path, strategy: str) -> dict[str, Any]:
-    return run(directory, name, adapter, strategy)
+def on_ranks(directory: Path, name: str, adapter: Path, strategy: str, vision: VisionOptions) -> dict[str, Any]:
+    return run(directory, name, adapter, strategy, vision=vision)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_ranks_train_as_one_where_one_of_them_has_no_images(strategy, ranks: RankPools, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "vision"), [("fsdp2", VISION), ("ddp", VISION), ("fsdp2", VisionOptions())],
+    ids=["fsdp2", "ddp", "fsdp2-frozen-tower"],
+)  # fmt: skip
+def test_two_ranks_train_as_one_where_one_of_them_has_no_images(strategy, vision, ranks: RankPools, tmp_path):
     """With all layers recomputed, and the tower's blocks."""
     directory = save(tmp_path / "model", "qwen2_5_vl")
-    one = run(directory, "qwen2_5_vl", tmp_path / "one")
-    two = ranks.run(2, "cpu", on_ranks, directory, "qwen2_5_vl", tmp_path / "two", strategy, timeout=300)
+    one = run(directory, "qwen2_5_vl", tmp_path / "one", vision=vision)
+    two = ranks.run(2, "cpu", on_ranks, directory, "qwen2_5_vl", tmp_path / "two", strategy, vision, timeout=300)
     for rank in two:
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert one["losses"][-1] != pytest.approx(one["losses"][0], rel=1e-2)
@@ -83,7 +89,7 @@ def test_two_ranks_train_as_one_where_one_of_them_has_no_images(strategy, ranks:
     assert not {"pixel_values", "num_image_tokens"} & text
 
 
-def test_by_default_only_the_language_model_is_adapted_and_continued_from(tmp_path):
+def test_by_default_only_the_language_model_is_adapted_and_continued_from(tmp_path, tiny_llama_dir):
     directory = save(tmp_path / "model", "llava")
     found = run(directory, "llava", tmp_path / "adapter", vision=VisionOptions())
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -92,6 +98,15 @@ def test_by_default_only_the_language_model_is_adapted_and_continued_from(tmp_pa
     assert found["flops"] > 0
     again = QLoRAVisionLanguage(directory, init_adapter=tmp_path / "adapter")
     assert again.lora.r == 4
+    with pytest.raises(ValueError, match=r"modules that were trained in full \(none\), this run trains multi_modal"):
+        QLoRAVisionLanguage(directory, init_adapter=tmp_path / "adapter", vision=VisionOptions(projector="full"))
+    model = build_model(SafetensorsCheckpoint(tiny_llama_dir), default_lora(4))
+    save_adapter(model.to_empty(device="cpu"), tmp_path / "text", default_lora(4), "text")
+    with pytest.raises(ValueError, match=r"made for a language model alone.*model\.language_model"):
+        QLoRAVisionLanguage(directory, init_adapter=tmp_path / "text")
+    wants_more = VisionOptions(vision_lora=True)
+    with pytest.raises(ValueError, match=r"The vision tower \(--vision_lora\) is to be adapted, but LoRA target_mod"):
+        run(directory, "llava", tmp_path / "none", vision=wants_more, init_adapter=tmp_path / "adapter", lora=None)
     with pytest.raises(ValueError, match="the projector of Gemma3 has no linear layers"):
         QLoRAVisionLanguage(
             save(tmp_path / "gemma3", "gemma3"), default_lora(4), vision=VisionOptions(projector="lora")
