@@ -81,7 +81,8 @@ FAMILIES = {
     "pixtral": Family(
         "llava", ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 64}, "patch_size": 8},
-        {"vision_config": {"model_type": "pixtral", "image_size": 64, "patch_size": 8, **_VISION}},
+        {"vision_config": {"model_type": "pixtral", "image_size": 64, "patch_size": 8, **_VISION},
+         "vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
         {"model_type": "mistral"},
     ),
     "qwen2_vl": _qwen("qwen2_vl", 4, {"embed_dim": 16, "hidden_size": 32}),

@@ -118,7 +118,7 @@ def _write_tokenizer(text: Path, directory: Path) -> int:
     return token_id
 
 
-def _train_tower(pixels: Tensor, labels: Tensor, epochs: int = 15, batch_size: int = 64) -> Any:
+def _train_tower(pixels: Tensor, labels: Tensor, epochs: int = 30, batch_size: int = 64) -> Any:
     """A SigLIP tower whose patches tell the classes of ``pixels`` float32 [N, 3, size, size] apart.
 
     What Llava reads, the last layer but one, is trained: the mean of its patches goes through a linear classifier that

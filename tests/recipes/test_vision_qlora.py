@@ -1,6 +1,7 @@
 """The recipe with a tiny Llava on images of two colours: it learns to name them, and everything is written."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from tests.vision import save_vision_model
 pytestmark = pytest.mark.usefixtures("one_thread", "no_group_left")
 
 
+def save_model(directory: Path, family: str) -> Path:
+    config, _ = save_vision_model(directory, family)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Images of light and dark colours, a fifth of the rows without any."""
     folder = tmp_path_factory.mktemp("colours")
-    config, _ = save_vision_model(folder / "model", "llava-siglip")
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(folder / "model")
     draw = torch.Generator().manual_seed(0)
     rows = []
     for number in range(100):
@@ -37,8 +42,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "model": str(folder / "model"), "dataset": str(data), "max_steps": 40, "lr": 1e-2, "batch_size": 16,
-        "seq_len": 64, "lora_r": 8, "precision": "32-true", "val_samples": 10,
+        "model": str(save_model(folder / "model", "llava-siglip")), "dataset": str(data), "max_steps": 40, "lr": 1e-2,
+        "batch_size": 16, "seq_len": 64, "lora_r": 8, "precision": "32-true", "val_samples": 10,
     }  # fmt: skip
 
 
@@ -96,3 +101,25 @@ def test_two_ranks_train_as_one(flags: dict[str, Any], tmp_path: Path, ranks: Ra
     assert difference(two["losses"], one["losses"]) < 1e-4
     assert one["sections"]["exact_match"]["before training"]["samples"] == 10
     assert two["sections"]["exact_match"]["before training"]["samples"] >= 8
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3", "pixtral", "llava"]
+)
+def test_each_familys_model_takes_its_batches(family: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    """Batches of three, with samples of no image, one and two."""
+    folder = Path(flags["dataset"]).parent
+    images = [[], ["1.png"], ["2.png", "3.png"]]
+    rows = [{"question": f"what {i}?", "answer": "light", "images": images[i % 3]} for i in range(12)]
+    data = folder / "few.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"dataset": str(data), "max_steps": 1, "accumulate": 4, "batch_size": 3, "seq_len": 512}
+    model = save_model(tmp_path / "model", family)
+    assert (
+        call(recipe_module("vision_qlora"), **{**flags, **few, "model": str(model), "output_dir": tmp_path / "run"})
+        == 0
+    )
+    report = load_report(tmp_path / "run" / "report.json")
+    assert math.isfinite(report["losses"][0])
+    assert report["sections"]["data"]["samples_with_images"] == 8
+    assert report["sections"]["exact_match"]["after training"]["samples"] == 1
