@@ -321,22 +321,26 @@ def _tool_calls(section: Mapping[str, Any]) -> Markup:
 
 
 def _preference(section: Mapping[str, Any]) -> Markup:
-    train, val = section["train"], section["val"]
     plots = Markup()
-    for label in ("margin", "accuracy", "rewards", "log_probs", "kl"):
-        names = [name for name in (label, f"{label}_chosen", f"{label}_rejected") if name in train]
+    for label, names in _PREFERENCE_PLOTS.items():
         lines = [
-            _Line(
-                f"{name.removeprefix(label).strip('_') or kind} {kind if name != label else ''}".strip(),
-                points[name],
-                dots,
-            )
-            for kind, points, dots in (("training", train, False), ("validation", val, True))
-            for name in names
-            if name in points
+            _Line(f"{which} {phase}".strip(), section[key][name], dots=key == "val")
+            for key, phase in (("train", "training"), ("val", "validation"))
+            for name, which in names.items()
+            if name in section[key]
         ]
-        plots += _line_plot(lines, "optimizer step", label.replace("_", " "))
+        plots += _line_plot(lines, "optimizer step", label)
     return _plots(plots)
+
+
+#: Title of a plot -> what is logged -> the line's name.
+_PREFERENCE_PLOTS = {
+    "margin": {"margin": ""},
+    "accuracy": {"accuracy": ""},
+    "rewards": {"rewards_chosen": "chosen", "rewards_rejected": "rejected"},
+    "log-probabilities": {"log_probs_chosen": "chosen", "log_probs_rejected": "rejected"},
+    "KL": {"kl": ""},
+}
 
 
 _RENDERERS: dict[str, Callable[[Mapping[str, Any]], Markup]] = {

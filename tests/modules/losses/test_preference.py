@@ -1,6 +1,7 @@
 """Losses over preferences against TRL's own code on the same log-probabilities: values, gradients, and edges."""
 
 import functools
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,12 +63,10 @@ def trl_inputs(**more: Any) -> dict[str, Any]:
 
 
 def trainer(**settings: Any) -> Any:
-    from collections import defaultdict
-
-    metrics = {"train": defaultdict(list)}
+    """What TRL's methods read of their trainer."""
     return SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=_Accelerator(), aux_loss_enabled=False, _metrics=metrics,
-        _total_train_tokens=0, _tp_size=1, precompute_ref_logps=True, **settings,
+        model=SimpleNamespace(training=True), accelerator=_Accelerator(), aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1, precompute_ref_logps=True, **settings,
     )  # fmt: skip
 
 
@@ -79,18 +78,8 @@ def trl_dpo(log_p: Tensor, reference: Tensor, kind: str, beta: float) -> Tensor:
         ld_alpha=None, f_divergence_type="reverse_kl", beta=beta, label_smoothing=0.0, loss_types=[kind],
         loss_weights=[1.0], use_weighting=False,
     )  # fmt: skip
-    model = SimpleNamespace(training=True)
     inputs = trl_inputs(ref_chosen_logps=sums[0], ref_rejected_logps=sums[1])
-    call = trl_model(log_p)
-    return DPOTrainer._compute_loss(me, _Model(call, model), inputs, False)
-
-
-class _Model:
-    def __init__(self, call: Any, state: Any) -> None:
-        self.call, self.training = call, state.training
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.call(**inputs)
+    return DPOTrainer._compute_loss(me, trl_model(log_p), inputs, False)
 
 
 def trl_kto(log_p: Tensor, reference: Tensor, beta: float, desirable: Tensor, kl: Tensor) -> Tensor:
@@ -100,12 +89,9 @@ def trl_kto(log_p: Tensor, reference: Tensor, beta: float, desirable: Tensor, kl
         beta=beta, calculate_KL=True, loss_type="kto", desirable_weight=1.5, undesirable_weight=0.5,
         _compute_kl_logps=lambda model, batch: kl.expand(2 * PAIRS),
     )  # fmt: skip
-    inputs = trl_inputs(
-        label=desirable.tolist(), ref_logps=(reference * MASK).sum(-1),
-        ref_KL_logps=torch.zeros(2 * PAIRS, dtype=torch.float64),
-    )  # fmt: skip
-    inputs["label"] = desirable
-    return KTOTrainer._compute_loss(me, _Model(trl_model(log_p), me.model), inputs, False)
+    sums, zeros = (reference * MASK).sum(-1), torch.zeros(2 * PAIRS, dtype=torch.float64)
+    inputs = trl_inputs(label=desirable, ref_logps=sums, ref_KL_logps=zeros)
+    return KTOTrainer._compute_loss(me, trl_model(log_p), inputs, False)
 
 
 def trl_orpo(log_p: Tensor, beta: float) -> Tensor:

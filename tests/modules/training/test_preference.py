@@ -168,7 +168,7 @@ def test_logits_of_a_batch_never_exist_and_gradients_are_those_of_full_logits(pa
 
 @pytest.mark.parametrize(("strategy", "loss"), [("fsdp2", "dpo"), ("fsdp2", "kto"), ("ddp", "kto"), ("ddp", "orpo")])
 def test_two_ranks_train_as_one(strategy, loss, ranks: RankPools, pairs, tiny_llama_dir, tmp_path):
-    """With accumulation (not for KTO, whose KL term is one of a micro-batch), packed or not, checkpointed or not."""
+    """With accumulation (but for KTO, whose KL term is of a micro-batch), the reference beside or known beforehand."""
     accumulate = 1 if loss == "kto" else 2
     shared: dict[str, Any] = {"compute": ComputeOptions(checkpoint_activations="all")} if strategy == "fsdp2" else {}
     file = tmp_path / "reference.safetensors" if (strategy, loss) == ("fsdp2", "kto") else None
