@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.callbacks import (
     CompareAnswers,
@@ -63,11 +62,8 @@ def main(
     """Train, report and save; returns the exit status. The flags are the fields of these classes."""
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
-    files, checkpoint = RunDirectory(run.output_dir), None
-    if rank_zero_only.rank == 0 and not run.dry_run:
-        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
-    elif run.resume:
-        checkpoint = files.latest_checkpoint()
+    files = RunDirectory(run.output_dir)
+    checkpoint = files.begin(run, flags)
     device = capabilities()
     directory = model.directory()
     config = load_config(directory)
@@ -92,13 +88,8 @@ def main(
         device=device,
     )
     strategy, compute, plan = planned.strategy, planned.compute, planned.memory
-    too_much = plan.check()
-    if rank_zero_only.rank == 0 and (run.dry_run or too_much):
-        print(plan.table(), too_much or "", sep="\n", flush=True)
-    if run.dry_run:
-        return int(too_much is not None)
-    if rank_zero_only.rank == 0:
-        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
+    if (status := planned.announce(dry_run=run.dry_run)) is not None:
+        return status
 
     chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = ChatDataModule(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_qlora.callbacks import (
     CompareAnswers,
@@ -84,11 +84,8 @@ def main(
     """
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
-    files, checkpoint = RunDirectory(run.output_dir), None
-    if rank_zero_only.rank == 0 and not run.dry_run:
-        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
-    elif run.resume:
-        checkpoint = files.latest_checkpoint()
+    files = RunDirectory(run.output_dir)
+    checkpoint = files.begin(run, flags)
     device, directory, objective = capabilities(), model.directory(), preference.objective
     config = load_config(directory)
     request = functools.partial(
@@ -108,13 +105,8 @@ def main(
         seq_len=batch.seq_len, accumulate=batch.accumulate, device=device,
     )  # fmt: skip
     strategy, compute, plan = planned.strategy, planned.compute, planned.memory
-    too_much = plan.check()
-    if rank_zero_only.rank == 0 and (run.dry_run or too_much):
-        print(plan.table(), too_much or "", sep="\n", flush=True)
-    if run.dry_run:
-        return int(too_much is not None)
-    if rank_zero_only.rank == 0:
-        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
+    if (status := planned.announce(dry_run=run.dry_run)) is not None:
+        return status
 
     chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = PreferenceDataModule(

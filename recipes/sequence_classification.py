@@ -100,11 +100,8 @@ def main(
     """
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
-    files, checkpoint = RunDirectory(run.output_dir), None
-    if rank_zero_only.rank == 0 and not run.dry_run:
-        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
-    elif run.resume:
-        checkpoint = files.latest_checkpoint()
+    files = RunDirectory(run.output_dir)
+    checkpoint = files.begin(run, flags)
     device, directory = capabilities(), model.directory()
     config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
@@ -125,13 +122,8 @@ def main(
         accumulate=batch.accumulate, device=device, head=ClassificationHead(len(data.labels)),
     )  # fmt: skip
     strategy, compute, plan = planned.strategy, planned.compute, planned.memory
-    too_much = plan.check()
-    if rank_zero_only.rank == 0 and (run.dry_run or too_much):
-        print(plan.table(), too_much or "", sep="\n", flush=True)
-    if run.dry_run:
-        return int(too_much is not None)
-    if rank_zero_only.rank == 0:
-        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
+    if (status := planned.announce(dry_run=run.dry_run)) is not None:
+        return status
     optimization = optimization.in_steps(data.steps_per_epoch(strategy.world_size, batch.accumulate))
     module = QLoRASequenceClassifier(
         directory, lora.config(), labels=data.labels, problem_type=data.problem_type,

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.callbacks import (
     CompileReport,
@@ -116,11 +115,8 @@ def main(
     flags = as_metadata(locals())  # nothing else is local yet
     positive(max_new_tokens=max_new_tokens, answer_batch=answer_batch)
     strategy = strategy.check()
-    files, checkpoint = RunDirectory(run.output_dir), None
-    if rank_zero_only.rank == 0 and not run.dry_run:
-        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
-    elif run.resume:
-        checkpoint = files.latest_checkpoint()
+    files = RunDirectory(run.output_dir)
+    checkpoint = files.begin(run, flags)
     device, directory = capabilities(), model.directory()
     config = load_config(directory)
     choose_attention(  # refuses what it cannot do, before anything long
@@ -135,13 +131,8 @@ def main(
         accumulate=batch.accumulate, device=device,
     )  # fmt: skip
     strategy, compute, plan = planned.strategy, planned.compute, planned.memory
-    too_much = plan.check()
-    if rank_zero_only.rank == 0 and (run.dry_run or too_much):
-        print(plan.table(), too_much or "", sep="\n", flush=True)
-    if run.dry_run:
-        return int(too_much is not None)
-    if rank_zero_only.rank == 0:
-        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
+    if (status := planned.announce(dry_run=run.dry_run)) is not None:
+        return status
     chat_format = ChatFormat.of(directory, lora.init_adapter)
     data = ChatDataModule(
         chat_format.tokenizer, data_options, batch_size=batch.batch_size, seq_len=batch.seq_len, packing=batch.packing,

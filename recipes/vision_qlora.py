@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_qlora.callbacks import (
     CompareAnswers,
@@ -82,11 +81,8 @@ def main(
     """Train, evaluate, report and save; returns the exit status. The flags are the fields of these classes."""
     flags = as_metadata(locals())  # nothing else is local yet
     strategy = strategy.check()
-    files, checkpoint = RunDirectory(run.output_dir), None
-    if rank_zero_only.rank == 0 and not run.dry_run:
-        checkpoint = files.start(run.resume, flags)  # from now on no other run may use the directory
-    elif run.resume:
-        checkpoint = files.latest_checkpoint()
+    files = RunDirectory(run.output_dir)
+    checkpoint = files.begin(run, flags)
     device = capabilities()
     if model.model == DEMO_VISION_MODEL:
         model = ModelOptions(str(demo_vision_model_directory(*digit_images("train"))))
@@ -111,13 +107,8 @@ def main(
         image_patches=data.image_patches,
     )  # fmt: skip
     strategy, compute, plan = planned.strategy, planned.compute, planned.memory
-    too_much = plan.check()
-    if rank_zero_only.rank == 0 and (run.dry_run or too_much):
-        print(plan.table(), too_much or "", sep="\n", flush=True)
-    if run.dry_run:
-        return int(too_much is not None)
-    if rank_zero_only.rank == 0:
-        print(*planned.choices, sep="\n", end="\n" * bool(planned.choices), flush=True)
+    if (status := planned.announce(dry_run=run.dry_run)) is not None:
+        return status
     optimization = optimization.in_steps(data.steps_per_epoch(strategy.world_size, batch.accumulate))
     module = QLoRAVisionLanguage(
         directory, lora.config(), vision=vision, loss=optimization.loss, learning_rate=optimization.lr,

@@ -17,6 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
+from .options import RunOptions
+
 _STEP = re.compile(r"step=(\d+)(?:-v\d+)?\.ckpt$")
 
 _OF_THE_CALL = ("output_dir", "resume", "dry_run")  # flags that say nothing about the training
@@ -194,6 +198,18 @@ class RunDirectory:
             raise
         self._claims.append(claim)
         return checkpoint
+
+    def begin(self, run: RunOptions, flags: Mapping[str, Any] | None = None) -> Path | None:
+        """:meth:`start` on the first rank: from then on no other run may use the directory. A dry run claims nothing.
+
+        Returns:
+            On every rank, the checkpoint to resume from; ``None`` to begin at step 0.
+
+        Raises:
+            ValueError: As :meth:`start`.
+        """
+        checkpoint: Path | None = None if run.dry_run else rank_zero_only(self.start)(run.resume, flags)
+        return checkpoint or (self.latest_checkpoint() if run.resume else None)
 
     def release(self) -> None:
         """Let other processes use the directory, before this object is gone."""

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from peft import LoraConfig
 from transformers import PretrainedConfig
 
@@ -37,6 +38,22 @@ class RunPlan:
     def metadata(self) -> dict[str, Any]:
         """For a report, which tells the choices beside the flags."""
         return {"chosen": " ".join(self.choices)} if self.choices else {}
+
+    def announce(self, *, dry_run: bool = False) -> int | None:
+        """Print on the first rank what was chosen, and the whole plan if it does not fit or is all that is wanted.
+
+        Returns:
+            The exit status of a dry run: 1 if the plan does not fit. ``None`` to go on.
+        """
+        too_much = self.memory.check()
+        rank_zero_only(self._print)(too_much, dry_run)
+        return int(too_much is not None) if dry_run else None
+
+    def _print(self, too_much: str | None, dry_run: bool) -> None:
+        if dry_run or too_much:
+            print(self.memory.table(), too_much or "", sep="\n", flush=True)
+        if self.choices and not dry_run:
+            print(*self.choices, sep="\n", flush=True)
 
 
 def plan_run(
