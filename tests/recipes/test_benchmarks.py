@@ -47,12 +47,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FLAGS = {"shape": "tiny", "warmup": 2, "steps": 3, "lora_r": 4}
 
 
-def run_here(flags: dict[str, Any]) -> str:
+def run_here(flags: dict[str, Any], script: str = "train_step") -> str:
     """The benchmark in this process, which is a rank of a pool and sees no GPU; returns what it prints."""
     sys.path.insert(0, str(BENCHMARKS))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert run_recipe(import_module("train_step").main, arguments(flags)) == 0
+        assert run_recipe(import_module(script).main, arguments(flags)) == 0
     return printed.getvalue()
 
 
@@ -98,6 +98,15 @@ def test_two_processes_report_both_and_replace_rows_of_another_commit(ranks, che
     (figures,) = record(tmp_path)["runs"].values()
     assert len(figures["load_s"]) == len(figures["train_allocated_gib"]) == 2
     assert figures["tokens_per_s"] == pytest.approx(2 * 2 * 32 / figures["step_ms"]["p50"] * 1000)
+
+
+def test_a_vision_language_model_and_its_peer_do_the_same_work(ranks, tmp_path):
+    flags = {"shape": "tiny-vl", "warmup": 1, "steps": 2, "lora_r": 4, "batch_size": 2, "image_side": 8, "commit": "a"}
+    flags |= {"checkpoints": tmp_path / "checkpoints", "results": tmp_path, "precision": "32-true"}
+    for peer in ({}, {"peer": True}):
+        ranks.run(1, "cpu", run_here, flags | peer, "vision_step")
+    ours, theirs = json.loads((tmp_path / "vision_step.json").read_text())["runs"].values()
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
 
 
 @pytest.mark.slow
