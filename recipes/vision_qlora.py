@@ -14,8 +14,8 @@ are counted and shown. Nothing is fetched from a network for an image.
 
 Without flags it teaches SmolLM2-135M to read handwritten digits: a vision tower trained on the spot in front of it, a
 projector with random weights, and images that scikit-learn brings (pip install lightning-qlora[yardstick]). No GPU and
-no model hub needed: about 4 minutes and 2 GiB on 2 CPU cores, in which exactly right answers to held-out images rise
-from none to about 80 %. On a GPU take --max_steps 600 --batch_size 32 --val_samples 400.
+no model hub needed: 4 minutes of one CPU core and 2 GiB, in which exactly right answers to held-out images rise from
+none to 88 %. On a GPU take --max_steps 600 --batch_size 32 --val_samples 400.
 
 Prints how many held-out answers are exactly right before and after. Writes report.json and report.html, a peft adapter
 and resumable checkpoints to --output_dir. --dry_run predicts the memory of each GPU and ends. Ctrl-C saves a

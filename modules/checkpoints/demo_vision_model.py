@@ -63,8 +63,11 @@ def demo_vision_model_directory(images: np.ndarray[Any, Any], labels: np.ndarray
         if not (target / "config.json").is_file():
             text = demo_model_directory()
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                graft(text, Path(scratch), images, labels)
-                shutil.copytree(scratch, target, dirs_exist_ok=True)
+                made = Path(scratch) / "model"  # a directory of its own: scratch ones are for this user alone
+                made.mkdir()
+                graft(text, made, images, labels)
+                shutil.rmtree(target, ignore_errors=True)
+                made.rename(target)
     return target
 
 
