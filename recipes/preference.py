@@ -11,9 +11,10 @@ and rejected; chosen and rejected alone; or for kto prompt, completion and label
 
 Without flags it teaches SmolLM2-135M-Instruct by ORPO to prefer cards of five lines over prose, on questions about
 Python's own documentation: no GPU and no model hub needed. It prints which share of held-out questions is answered with
-a well-formed card before and after. ORPO contains the cross-entropy of chosen answers; the others need a model that
-already gives such answers now and then: here DPO's loss is 0 after nine steps, and its answers are still no cards.
-Learning rates of this size are for few steps; take 5e-6 to 5e-5 for your own data.
+a well-formed card: with --max_steps 14 --val_samples 8 none of 8 before and 6 after, in 6 minutes on one core. ORPO
+contains the cross-entropy of chosen answers; the other losses need a model that already gives such answers now and
+then: here DPO's loss is 0 after nine steps, and the answers are still no cards. Learning rates of this size are for few
+steps; take 5e-6 to 5e-5 for your own data.
 
 Prints and writes rewards, margins, accuracy and log-probabilities. Writes report.json and report.html, a peft adapter
 and resumable checkpoints to --output_dir. Ctrl-C saves a checkpoint; --resume goes on from the latest.
@@ -66,10 +67,10 @@ def main(
     preference: PreferenceOptions = PreferenceOptions(loss="orpo"),
     data_options: PreferenceDataOptions = PreferenceDataOptions(),
     answers: int = 8,
-    batch: BatchOptions = BatchOptions(batch_size=4, seq_len=256, packing=True),
+    batch: BatchOptions = BatchOptions(batch_size=2, seq_len=192, packing=True),
     optimization: Annotated[
         OptimizationOptions, Only("max_steps", "epochs", "lr", "clip_norm", "seed")
-    ] = OptimizationOptions(lr=3e-4),
+    ] = OptimizationOptions(lr=1e-3),
     lora: LoraOptions = LoraOptions(lora_r=16),
     strategy: StrategyOptions = StrategyOptions(),
     compute: ComputeOptions = ComputeOptions(),
