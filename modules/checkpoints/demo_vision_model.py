@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ..downloads import cache_lock, conversions_dir
+from ..hardware import capabilities
 from .demo_model import demo_model_directory
 
 DEMO_VISION_MODEL = "smollm2-135m-vision"
@@ -127,14 +128,15 @@ def _train_tower(pixels: Tensor, labels: Tensor, epochs: int = 30, batch_size: i
     What Llava reads, the last layer but one, is trained: the mean of its patches goes through a linear classifier that
     is thrown away.
     """
+    device = capabilities().device_type
     config = SiglipVisionConfig(
         hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=_LAYERS, num_attention_heads=_HEADS,
         image_size=_IMAGE_SIZE, patch_size=_PATCH_SIZE, vision_use_head=False,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tower = SiglipVisionModel(config).train()
-        classifier = nn.Linear(_WIDTH, int(labels.max()) + 1)
+        tower = SiglipVisionModel(config).train().to(device)
+        classifier = nn.Linear(_WIDTH, int(labels.max()) + 1).to(device)
         steps = epochs * (len(pixels) // batch_size)
         optimizer = torch.optim.AdamW([*tower.parameters(), *classifier.parameters()], lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -142,11 +144,11 @@ def _train_tower(pixels: Tensor, labels: Tensor, epochs: int = 30, batch_size: i
             for batch in torch.randperm(len(pixels))[: len(pixels) // batch_size * batch_size].view(-1, batch_size):
                 # Scans are not all in the middle: a shift by up to a scan's pixel makes more of few images.
                 shift = torch.randint(-4, 5, (2,)).tolist()
-                shifted = pixels[batch].roll(shift, dims=(2, 3))
+                shifted = pixels[batch].to(device).roll(shift, dims=(2, 3))
                 hidden = tower(shifted, output_hidden_states=True).hidden_states[-2]
-                loss = nn.functional.cross_entropy(classifier(hidden.mean(1)), labels[batch])
+                loss = nn.functional.cross_entropy(classifier(hidden.mean(1)), labels[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-    return tower.eval()
+    return tower.eval().cpu()
