@@ -66,7 +66,7 @@ class QLoRAPreference(QLoRACausalLM):
     def __init__(
         self,
         model_dir: str | Path,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
         *,
         objective: PreferenceObjective = PreferenceObjective(dpo),  # noqa: B008  frozen
         reference_file: str | Path | None = None,
@@ -74,19 +74,26 @@ class QLoRAPreference(QLoRACausalLM):
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
     ) -> None:
+        if isinstance(objective, str):
+            raise ValueError(
+                f"The checkpoint was trained with {objective}, which holds a function that no checkpoint can keep. "
+                "Pass that to load_from_checkpoint(..., objective=...)."
+            )
         super().__init__(
             model_dir, lora, loss=token_log_probs, learning_rate=learning_rate, warmup_steps=warmup_steps,
             schedule=schedule, weight_decay=weight_decay, compute=compute, packing=packing,
             compile_backend=compile_backend, init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.objective = objective
+        if objective != PreferenceObjective(dpo):
+            self.save_hyperparameters({"objective": repr(objective)})
         if reference_file is not None and not objective.needs_reference:
             raise ValueError("This loss has no reference model: leave --precompute_reference out.")
         if init_adapter is not None and objective.needs_reference and reference_file is None:

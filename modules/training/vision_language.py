@@ -5,6 +5,7 @@ Shapes: B samples, S tokens per sample, images' placeholders included.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ class QLoRAVisionLanguage(QLoRACausalLM):
     and left out: attention is causal.
 
     Args (all others are those of :class:`QLoRACausalLM`):
-        vision: What is trained beside the language model's adapters.
+        vision: What is trained beside the language model's adapters; or its fields.
 
     Raises:
         ValueError: As :class:`QLoRACausalLM`; for a language model without vision.
@@ -68,22 +69,23 @@ class QLoRAVisionLanguage(QLoRACausalLM):
     def __init__(
         self,
         model_dir: str | Path,
-        lora: LoraConfig | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
         *,
-        vision: VisionOptions = VisionOptions(),  # noqa: B008  frozen
+        vision: VisionOptions | dict[str, Any] = VisionOptions(),  # noqa: B008  frozen
         loss: Callable[..., Any] = cross_entropy,
         loss_inputs: Sequence[str] = (),
         learning_rate: float = 2e-4,
         warmup_steps: int = 0,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         weight_decay: float = 0.0,
-        compute: ComputeOptions = ComputeOptions(),  # noqa: B008  frozen
+        compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
     ) -> None:
+        vision = VisionOptions(**vision) if isinstance(vision, dict) else vision
         config = load_config(model_dir, vision=True)
         head = VisionLanguageHead.of(config, vision)
         if init_adapter is not None:
@@ -94,6 +96,7 @@ class QLoRAVisionLanguage(QLoRACausalLM):
             compile_backend=compile_backend, head=head, init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.vision = vision
+        self.save_hyperparameters({"vision": dataclasses.asdict(vision)})
         of_images = {
             "pixel_values",
             *(name for row in VISION_FAMILIES.values() if row.vision for name in row.vision.inputs),

@@ -258,3 +258,13 @@ def test_what_does_not_fit_is_refused(pairs, tiny_llama_dir, tmp_path):
     module = QLoRAPreference(tiny_llama_dir, default_lora(4))
     with pytest.raises(ValueError, match="The batch lacks documents, completion_tokens, num_pairs"):
         module.loss_sum({"input_ids": torch.zeros(1, 2)})
+
+
+def test_a_checkpoint_asks_for_an_objective_that_it_cannot_hold(tiny_llama_dir):
+    """Else a model trained with IPO would go on with DPO, the default."""
+    assert "objective" not in QLoRAPreference(tiny_llama_dir).hparams
+    saved = QLoRAPreference(tiny_llama_dir, objective=PreferenceObjective(ipo)).hparams
+    with pytest.raises(
+        ValueError, match=r"trained with PreferenceObjective\(.*ipo.* Pass that to load_from_checkpoint"
+    ):
+        QLoRAPreference(saved["model_dir"], objective=saved["objective"])

@@ -111,3 +111,10 @@ def test_by_default_only_the_language_model_is_adapted_and_continued_from(tmp_pa
         QLoRAVisionLanguage(
             save(tmp_path / "gemma3", "gemma3"), default_lora(4), vision=VisionOptions(projector="lora")
         )
+
+
+def test_its_hyperparameters_build_it_again(tmp_path):
+    module = QLoRAVisionLanguage(save(tmp_path, "llava"), default_lora(4), vision=VISION)
+    again = QLoRAVisionLanguage(**{name: module.hparams[name] for name in ("model_dir", "lora", "vision", "compute")})
+    assert (again.vision, again.compute) == (VISION, module.compute)
+    assert again.lora.to_dict() == module.lora.to_dict()
