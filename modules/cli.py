@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -178,12 +178,25 @@ def run_recipe(main: Callable[..., int | None], args: list[str] | None = None) -
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
+        _check_exclusive(main, parser.parse_args(args, defaults=False).as_dict().keys())
         return main(**group_flags(main, parsed)) or 0
     except ValueError as error:
         if os.environ.get("LIGHTNING_QLORA_TRACEBACK"):
             raise
         print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _check_exclusive(main: Callable[..., Any], given: Collection[str]) -> None:
+    """Refuse flags of which a group says, in ``EXCLUSIVE``, that only one may be given.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    for hint in get_type_hints(main, include_extras=True).values():
+        for flags in getattr(_group(hint)[0], "EXCLUSIVE", ()):
+            if set(flags) <= set(given):
+                raise ValueError(f"{' and '.join(f'--{flag}' for flag in flags)} are both given. Give one.")
 
 
 def run_again(*flags: str, **variables: str) -> int:

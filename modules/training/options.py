@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
@@ -34,6 +34,8 @@ class OptimizationOptions:
         ValueError: For values out of range.
     """
 
+    EXCLUSIVE: ClassVar = (("max_steps", "epochs"),)
+
     max_steps: int = 30
     epochs: float | None = None
     lr: float = 3e-4
@@ -44,11 +46,8 @@ class OptimizationOptions:
 
     def __post_init__(self) -> None:
         at_least(1, max_steps=self.max_steps)
-        if self.epochs is not None:
-            if not (math.isfinite(self.epochs) and self.epochs > 0):
-                raise ValueError(f"--epochs must be a positive finite number, got {self.epochs}.")
-            if self.max_steps != OptimizationOptions.max_steps:
-                raise ValueError(f"Both --max_steps={self.max_steps} and --epochs={self.epochs} are given. Give one.")
+        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"--epochs must be a positive finite number, got {self.epochs}.")
         at_least(0, seed=self.seed)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"--lr: learning_rate must be a positive finite number, got {self.lr}.")

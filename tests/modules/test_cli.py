@@ -232,6 +232,17 @@ def test_a_groups_own_check_is_one_message(capsys, monkeypatch):
     assert "Traceback" not in error
 
 
+def test_flags_of_which_one_may_be_given_are_told_from_the_recipes_defaults(capsys, monkeypatch, tmp_path):
+    """A recipe's own default of one of them is no choice of the user's."""
+    monkeypatch.delenv("LIGHTNING_QLORA_TRACEBACK", raising=False)
+    monkeypatch.setattr(Adapters, "EXCLUSIVE", (("rank", "alpha"),), raising=False)
+    assert got("--alpha=9")[0] == Adapters(4, 9, Path("here"))
+    config = tmp_path / "config.yaml"
+    config.write_text("rank: 5\n")
+    assert run_recipe(grouped, ["--output_dir=out", f"--config={config}", "--alpha=9"]) == 2
+    assert capsys.readouterr().err.endswith("error: --rank and --alpha are both given. Give one.\n")
+
+
 def test_help_shows_each_flag_once_under_the_title_of_its_group(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):

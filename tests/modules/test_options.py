@@ -60,7 +60,6 @@ def test_no_two_groups_have_a_field_in_common() -> None:
         (PreferenceOptions, {"loss": "orpo", "precompute_reference": True}, "--loss orpo has no reference model"),
         (OptimizationOptions, {"max_steps": 0}, "--max_steps must be at least 1, got 0"),
         (OptimizationOptions, {"epochs": 0.0}, r"--epochs must be a positive finite number, got 0\.0"),
-        (OptimizationOptions, {"epochs": 2.0, "max_steps": 9}, r"Both --max_steps=9 and --epochs=2\.0 are given"),
         (OptimizationOptions, {"seed": -1}, "--seed must be at least 0, got -1"),
         (OptimizationOptions, {"lr": 0.0}, r"--lr: learning_rate must be a positive finite number, got 0\.0"),
         (OptimizationOptions, {"lr": float("inf")}, "learning_rate must be a positive finite number, got inf"),
