@@ -29,13 +29,13 @@ from .vision_towers import VisionSide, matches
 
 @dataclass(frozen=True)
 class VisionOptions:
-    """What is trained of a vision-language model beside the language model's adapters.
+    """Vision tower and projector.
 
     Args:
-        vision_lora: Adapt the vision tower too.
-        projector: What happens to the projector between tower and language model: it stays as it is (frozen), gets
-            adapters (lora), or is trained in full and saved with the adapter (full).
-        quantize_vision: Hold the vision tower's weights in 4 bits. Default: as the checkpoint has them.
+        vision_lora: Train adapters on the vision tower, as on the language model.
+        projector: The projector between tower and language model stays as it is (frozen), gets adapters (lora), or is
+            trained in full and saved with the adapter (full).
+        quantize_vision: Hold the vision tower's weights in 4 bits even where the checkpoint has them in 16.
     """
 
     vision_lora: bool = False
