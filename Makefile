@@ -19,6 +19,8 @@ DEMO_FLAGS ?=
 demo: $(STAMP)
 	$(BIN)/python recipes/fsdp2_qlora.py --devices 2 --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 
+# Two files of tests at a time. On a machine with one GPU, `make test TEST_FLAGS=` runs one after another.
+TEST_FLAGS ?= -n 2 --dist loadfile
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TEST_FLAGS)
 
