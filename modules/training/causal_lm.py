@@ -62,7 +62,7 @@ class QLoRACausalLM(QLoRAModule):
         compute: ComputeOptions | dict[str, Any] = ComputeOptions(),  # noqa: B008  frozen
         packing: bool = False,
         compile_backend: str | Callable[..., Any] = "inductor",
-        head: Head = LanguageModelHead(),  # noqa: B008  frozen
+        head: Head | None = None,
         init_adapter: str | Path | None = None,
         model_name: str | None = None,
         seed: int = 0,
@@ -74,7 +74,8 @@ class QLoRACausalLM(QLoRAModule):
             )
         super().__init__(
             model_dir, lora, learning_rate=learning_rate, warmup_steps=warmup_steps, schedule=schedule,
-            weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend, head=head,
+            weight_decay=weight_decay, compute=compute, packing=packing, compile_backend=compile_backend,
+            head=head or LanguageModelHead(),
             init_adapter=init_adapter, model_name=model_name, seed=seed,
         )  # fmt: skip
         self.loss, self.loss_inputs = loss, tuple(loss_inputs)

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lightning_qlora.modules.data import chat_template, checks, data_module, resumable, sources, vocabulary
+from lightning_qlora.modules.data import (
+    chat_template,
+    checks,
+    data_module,
+    image_template,
+    resumable,
+    sources,
+    tool_formats,
+    vision,
+    vocabulary,
+)
 from tests.chats import chat, make_tokenizer, write
 
 
@@ -24,7 +34,10 @@ def rows(tmp_path) -> Path:
 def said(monkeypatch) -> list[str]:
     """What the user is told. Not by caplog: whether Lightning's loggers reach it depends on what ran before."""
     messages: list[str] = []
-    for module in (chat_template, checks, data_module, resumable, sources, vocabulary):
+    modules = (
+        chat_template, checks, data_module, image_template, resumable, sources, tool_formats, vision, vocabulary,
+    )  # fmt: skip
+    for module in modules:
         for name in ("rank_zero_info", "rank_zero_warn"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, messages.append)

@@ -1,7 +1,6 @@
 """The data module of chats with images: what is read from where, told, refused, and resumed."""
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -48,18 +47,17 @@ def module(
     )  # fmt: skip
 
 
-def test_what_images_cost_is_told_and_reported(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_images_cost_is_told_and_reported(folder: Path, said: list[str]) -> None:
     rotated = Image.open(folder / "a.png").convert("CMYK")
     rotated.save(folder / "cmyk.jpg")
     rows = [row("a.png"), row("a.png", "b.png"), row(), row("large.png"), row("cmyk.jpg")]
     data = module(folder, write(folder / "told.jsonl", *rows), images=ImageOptions(max_image_size=100), show_samples=1)
-    with caplog.at_level(logging.INFO):
-        data.load()
+    data.load()
     assert re.search(
         r"told.jsonl: 5 samples to train on, 0 held out. 4 images \(1 shrunk, 1 in CMYK \(converted to RGB\)\) in 4 "
         r"samples, which take 25 to 75 tokens of a sample, median \d+(\.5)? \(min, median, max: 6%, \d+%, 19% of "
         r"seq_len=400\)",
-        caplog.text,
+        "".join(said),
     )
     section = data.report_section()
     assert section is not None
@@ -103,7 +101,7 @@ def test_directories_of_datasets_and_parquet_give_the_same_batches(folder: Path,
         assert data.fingerprint == expected.fingerprint
 
 
-def test_bad_rows_are_named_or_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_named_or_left_out(folder: Path) -> None:
     (folder / "empty.png").write_bytes(b"")
     (folder / "cut.png").write_bytes((folder / "b.png").read_bytes()[:200])
     two = {"messages": [{"role": "user", "content": "<image><image>?"}, ANSWER], "images": ["a.png"]}
@@ -122,10 +120,9 @@ def test_bad_rows_are_named_or_left_out(folder: Path, caplog: pytest.LogCaptureF
         "Mend or remove them, or leave them out with --skip_bad_rows.",
     ):
         assert message in str(refused.value)
-    with caplog.at_level(logging.WARNING):
-        data = module(folder, write(folder / "bad.jsonl", *rows), skip_bad_rows=True)
-        with pytest.warns(UserWarning, match="rows are left out"):
-            data.load()
+    data = module(folder, write(folder / "bad.jsonl", *rows), skip_bad_rows=True)
+    with pytest.warns(UserWarning, match="rows are left out"):
+        data.load()
     assert data.num_train == 1
 
 
