@@ -391,8 +391,8 @@ class QLoRAModule(L.LightningModule):
         self._log_mean("val_loss")
 
     def on_test_epoch_start(self) -> None:
-        """Forget batches of a test that was interrupted."""
-        self._val.clear()
+        """As before a validation: forget batches of one that was interrupted, whatever a subclass keeps of them."""
+        self.on_validation_epoch_start()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As in validation."""
@@ -438,7 +438,8 @@ class QLoRAModule(L.LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As any module's; what is frozen comes from the base, and is not reported as missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained_shapes(self)]
+        trained = trained_shapes(self)
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
         return keys
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

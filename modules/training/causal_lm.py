@@ -5,6 +5,7 @@ Shapes: B samples, S tokens per sample, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -123,14 +124,21 @@ class QLoRACausalLM(QLoRAModule):
         )  # fmt: skip
         return output.loss, tokens
 
+    @property
+    def _chat_format(self) -> ChatFormat:
+        return self.chat_format or self._base_chat_format
+
+    @functools.cached_property
+    def _base_chat_format(self) -> ChatFormat:  # reading a tokenizer takes a while
+        return ChatFormat.of(self.model_dir)
+
     def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
         """Greedy answer to a one-turn chat with ``prompt``. All ranks of a sharded model must call it together."""
         return self.answers([prompt], max_new_tokens)[0]
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
         """Greedy answers to one-turn chats with each of ``prompts``; otherwise as :meth:`complete`."""
-        chat_format = self.chat_format or ChatFormat.of(self.model_dir)
-        texts = [prompt_of(chat_format, [{"role": "user", "content": prompt}]) for prompt in prompts]
+        texts = [prompt_of(self._chat_format, [{"role": "user", "content": prompt}]) for prompt in prompts]
         return self.complete(texts, max_new_tokens, batch_size)
 
     def complete(self, texts: Sequence[str], max_new_tokens: int = 64, batch_size: int = 16) -> list[str]:
@@ -154,8 +162,8 @@ class QLoRACausalLM(QLoRAModule):
         self.eval()
         with self.trainer.precision_plugin.forward_context():
             answers = generate_answers(
-                self._model, self.chat_format or ChatFormat.of(self.model_dir), mine, device=self.device,
-                max_new_tokens=max_new_tokens, batch_size=batch_size,
+                self._model, self._chat_format, mine, device=self.device, max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
             )  # fmt: skip
         self.train(training)
         return [text for part in gather_objects(answers) for text in part][: len(texts)]
